@@ -1,0 +1,3 @@
+"""jaxmodels: ten published methods as functional Flax modules for TPU and GPU."""
+
+__version__ = "0.1.0"

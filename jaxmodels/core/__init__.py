@@ -1,0 +1,1 @@
+"""Shared building blocks: attention, layers, parameters, meshes and the task contract."""

@@ -1,0 +1,129 @@
+"""The smallest layers, with logical axis names: dense, norms, embedding table, feed-forward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Initializer = Callable[..., jax.Array]
+
+
+def partitioned(init: Initializer, names: Sequence[str | None]) -> Initializer:
+    """Returns `init` with its result boxed: names are logical axes of `core.partitioning`."""
+    return nn.with_logical_partitioning(init, tuple(names))
+
+
+class Dense(nn.Module):
+    """x W + b over the last axis: [..., d_in] -> [..., features].
+
+    Attributes:
+      features: d_out.
+      axes: logical axis names of the kernel [d_in, d_out].
+      use_bias: adds b.
+      dtype: of the product (parameters stay float32); float32 accumulation.
+      kernel_init: initialiser of the kernel.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None] = ("embed", "mlp")
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", partitioned(self.kernel_init, self.axes), shape, jnp.float32)
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        if self.use_bias:
+            bias_init = partitioned(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", bias_init, (self.features,), jnp.float32)
+        return y.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, computed in float32 and cast to `dtype`."""
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1:]
+        scale = self.param("scale", partitioned(nn.initializers.ones, ("embed",)), d, jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, ("embed",)), d, jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (T5, Llama) over the last axis, in float32, cast to `dtype`."""
+
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = partitioned(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", init, x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        power = jnp.square(x).mean(-1, keepdims=True)
+        return (x * jax.lax.rsqrt(power + self.eps) * scale).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """Table [size, features] in float32; ids [...] -> [..., features] float32.
+
+    Attributes:
+      size: rows.
+      features: columns.
+      axes: logical axis names of the table.
+      embedding_init: initialiser of the table.
+    """
+
+    size: int
+    features: int
+    axes: tuple[str | None, str | None] = ("vocab", "embed")
+    embedding_init: Initializer = nn.initializers.normal(0.02)
+
+    def setup(self) -> None:
+        init = partitioned(self.embedding_init, self.axes)
+        self.embedding = self.param("embedding", init, (self.size, self.features), jnp.float32)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, ids, axis=0)
+
+
+class FeedForward(nn.Module):
+    """wo(dropout(activation(wi(x)))): [..., d_model] -> [..., d_model].
+
+    Attributes:
+      d_ff: inner width.
+      activation: pointwise function; exact (erf) GELU for BERT and RoBERTa.
+      use_bias: both projections have biases.
+      dtype: of the matrix products.
+      kernel_init: of both kernels.
+    """
+
+    d_ff: int
+    activation: Callable[[jax.Array], jax.Array] = lambda x: nn.gelu(x, approximate=False)
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def dense(features: int, axes: tuple[str, str], name: str) -> Dense:
+            return Dense(features, axes, self.use_bias, self.dtype, self.kernel_init, name=name)
+
+        hidden = self.activation(dense(self.d_ff, ("embed", "mlp"), "wi")(x))
+        return dense(x.shape[-1], ("mlp", "embed"), "wo")(hidden)

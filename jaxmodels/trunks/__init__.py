@@ -1,0 +1,1 @@
+"""Published architectures that the methods stand on."""

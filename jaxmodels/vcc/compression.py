@@ -1,0 +1,309 @@
+"""The compressed form of a sequence: enter it, open blocks, close them, leave it (section 3.2-3.5).
+
+Symbols: B batch, n tokens, p VIP slots, b block size, m = (n - p) / b blocks, k blocks opened,
+d width. Everything here is pure, without parameters, and linear in the states, so that its
+gradient needs indices and masks only and never saves the bank of differences.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxmodels.core.attention import MASK_BIAS
+
+MEAN_EPS = 1e-4  # the official mean divides by count + 1e-4
+SLOT_EPS = 1e-5  # floor of a block's attention before the logarithm
+GATE_EPS = 1e-4  # added to gates and token counts before the logarithm
+REPLACED_BIAS = -1e9  # key bias of coarse rows whose block is open (static layout)
+
+
+@struct.dataclass
+class State:
+    """What the VCC layers pass on.
+
+    Attributes:
+      vip: P [B, p, d], VIP states at full resolution.
+      coarse: C [B, m, d], block means.
+      difference: D [B, m, b, d], C - x as of the last time the block was open.
+    """
+
+    vip: jax.Array
+    coarse: jax.Array
+    difference: jax.Array
+
+
+@struct.dataclass
+class Layout:
+    """What stays the same in every VCC layer.
+
+    Attributes:
+      order: [B, n] int32, token index of each row: VIP slots first, then the blocks.
+      vip_mask: [B, p] float32, 1 on real tokens in VIP slots.
+      importance: [B, p] float32, 1 on slots that hold VIP tokens and vote.
+      mask: M [B, m, b] float32, 1 on real tokens in blocks.
+    """
+
+    order: jax.Array
+    vip_mask: jax.Array
+    importance: jax.Array
+    mask: jax.Array
+
+    @property
+    def block_mask(self) -> jax.Array:
+        """[B, m] float32, 1 on blocks with a real token."""
+        return self.mask.max(axis=-1)
+
+
+@struct.dataclass
+class Selection:
+    """Which blocks a layer opens.
+
+    Attributes:
+      weights: A [B, h, p, m], softmax of VIP queries over block keys.
+      scores: s [B, m], log of the averaged weights.
+      fine: [B, k] int32, opened blocks, best first.
+      rest: [B, m - k] int32, blocks left coarse.
+      gate: sigma [B, m], value 1; straight-through gradient into softmax(scores).
+    """
+
+    weights: jax.Array
+    scores: jax.Array
+    fine: jax.Array
+    rest: jax.Array
+    gate: jax.Array
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns x[i, index[i]] for every example: [B, m, ...], [B, k] -> [B, k, ...]."""
+    return jax.vmap(lambda rows, i: rows.at[i].get(mode="promise_in_bounds"))(x, index)
+
+
+def set_rows(x: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns x with x[i, index[i]] = rows[i]; the indices of an example are distinct."""
+
+    def one(x: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
+        return x.at[index].set(rows, mode="promise_in_bounds", unique_indices=True)
+
+    return jax.vmap(one)(x, index, rows.astype(x.dtype))
+
+
+def compress(fine: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Block mean and differences (section 3.3), both from float32 sums.
+
+    Args:
+      fine: [..., b, d] token states of a block.
+      mask: [..., b], 1 on real tokens.
+
+    Returns:
+      mean c [..., d] = sum(fine * mask) / (count + 1e-4), and c - fine * mask [..., b, d]
+      (masked rows included, which read back as 0).
+    """
+    mask = mask.astype(jnp.float32)[..., None]
+    masked = fine.astype(jnp.float32) * mask
+    mean = masked.sum(axis=-2) / (mask.sum(axis=-2) + MEAN_EPS)
+    difference = mean[..., None, :] - masked
+    return mean.astype(fine.dtype), difference.astype(fine.dtype)
+
+
+def decompress(coarse: jax.Array, difference: jax.Array) -> jax.Array:
+    """Returns the tokens of blocks: C [..., d] - D [..., b, d] -> [..., b, d]."""
+    return coarse[..., None, :] - difference
+
+
+def block_positions(positions: jax.Array) -> jax.Array:
+    """Returns each block's position: mean over [..., b] rounded half to even, int32."""
+    return jnp.round(positions.astype(jnp.float32).mean(axis=-1)).astype(jnp.int32)
+
+
+def sort_by_importance(vip_mask: jax.Array) -> jax.Array:
+    """Returns token indices, VIPs first in text order, then the rest: [B, n] -> [B, n] int32."""
+    return jnp.argsort(-vip_mask.astype(jnp.int32), axis=-1, stable=True).astype(jnp.int32)
+
+
+def enter(
+    x: jax.Array, mask: jax.Array, vip_mask: jax.Array, num_vip: int, block_size: int
+) -> tuple[State, Layout]:
+    """Compresses a sequence (section 3.2).
+
+    With fewer VIPs than slots the free slots hold the earliest other tokens, which do not vote;
+    with more, the last VIPs in text order become ordinary tokens.
+
+    Args:
+      x: [B, n, d]; n - num_vip is a multiple of block_size.
+      mask: [B, n], 1 on real tokens.
+      vip_mask: [B, n], 1 on VIP tokens.
+      num_vip: p.
+      block_size: b.
+
+    Returns:
+      the state, and the layout that `leave` and the layers need.
+
+    Raises:
+      ValueError: n does not fit p and b.
+    """
+    batch, n, d = x.shape
+    if n < num_vip or (n - num_vip) % block_size:
+        raise ValueError(
+            f"length n={n} with p={num_vip} VIP slots leaves {n - num_vip} tokens, not a multiple "
+            f"of block size b={block_size}; pad with compression.padded_length."
+        )
+    order = sort_by_importance(vip_mask)
+    mask = mask.astype(jnp.float32)
+    rows = take_rows(x * mask[..., None].astype(x.dtype), order)
+    row_mask = jnp.take_along_axis(mask, order, axis=1)
+    importance = jnp.take_along_axis(vip_mask.astype(jnp.float32), order, axis=1)
+    blocks = (n - num_vip) // block_size
+    layout = Layout(
+        order=order,
+        vip_mask=row_mask[:, :num_vip],
+        importance=importance[:, :num_vip],
+        mask=row_mask[:, num_vip:].reshape(batch, blocks, block_size),
+    )
+    fine = rows[:, num_vip:].reshape(batch, blocks, block_size, d)
+    coarse, difference = compress(fine, layout.mask)
+    return State(rows[:, :num_vip], coarse, difference), layout
+
+
+def leave(state: State, layout: Layout) -> jax.Array:
+    """Decompresses to text order (section 3.5): [B, n, d]; padding in blocks becomes exactly 0."""
+    batch, blocks, size, d = state.difference.shape
+    tokens = decompress(state.coarse, state.difference) * layout.mask[..., None]
+    rows = jnp.concatenate([state.vip, tokens.reshape(batch, blocks * size, d)], axis=1)
+    return take_rows(rows, jnp.argsort(layout.order, axis=-1))
+
+
+def padded_length(n: int, num_vip: int, block_size: int) -> int:
+    """Returns the shortest legal length >= n: p plus at least one whole block."""
+    return num_vip + block_size * max(1, -(-(n - num_vip) // block_size))
+
+
+def select(
+    weights: jax.Array,
+    layout: Layout,
+    num_fine: int,
+    *,
+    order_by: jax.Array | None = None,
+    explored: jax.Array | None = None,
+    straight_through: bool = True,
+) -> Selection:
+    """Chooses the blocks to open (section 3.4a).
+
+    Args:
+      weights: A [B, h, p, m], softmax over blocks.
+      layout: of the sequence.
+      num_fine: k <= m.
+      order_by: [B, m] scores that replace s in the ordering (random selection, exploration).
+      explored: [B] bool, where `order_by` counts; everywhere if None.
+      straight_through: the gates carry gradient into softmax(s); random selection has none.
+
+    Returns:
+      the selection; ties go to the lowest block index.
+    """
+    voted = jnp.einsum("bp,bpm->bm", layout.importance, weights.mean(axis=1))
+    scores = jnp.log(voted / weights.shape[2] + SLOT_EPS)
+    ordering = jax.lax.stop_gradient(scores)
+    if order_by is not None:
+        where = True if explored is None else explored[:, None]
+        ordering = jnp.where(where, order_by, ordering)
+    ranked = jnp.argsort(-ordering, axis=-1, stable=True).astype(jnp.int32)
+    fine, rest = ranked[:, :num_fine], ranked[:, num_fine:]
+    gate = jnp.ones_like(scores)
+    if straight_through:
+        share = jax.nn.softmax(scores, axis=-1)
+        opened = set_rows(jnp.zeros_like(scores), fine, jnp.ones_like(fine, scores.dtype))
+        signed = jnp.where(opened > 0, share, 1.0 - share)
+        gate = 1.0 + signed - jax.lax.stop_gradient(signed)
+    return Selection(weights, scores, fine, rest, gate)
+
+
+def random_order(rng: jax.Array, block_mask: jax.Array) -> jax.Array:
+    """Returns uniform noise [B, m] with the masked blocks last."""
+    noise = jax.random.uniform(rng, block_mask.shape)
+    return noise - 2.0 * (1.0 - block_mask)
+
+
+def refine(state: State, fine: jax.Array) -> jax.Array:
+    """Opens blocks (section 3.4b): indices [B, k] -> token states [B, k, b, d]."""
+    return decompress(take_rows(state.coarse, fine), take_rows(state.difference, fine))
+
+
+@struct.dataclass
+class Rows:
+    """The r rows a VCC layer runs on: opened tokens, coarse rows, VIP slots, in this order.
+
+    Attributes:
+      x: X [B, r, d].
+      gate: sigma [B, r].
+      bias: [B, r] float32, added to the scores of each row as a key.
+    """
+
+    x: jax.Array
+    gate: jax.Array
+    bias: jax.Array
+
+
+def gather_rows(
+    state: State, layout: Layout, chosen: Selection, *, scale_correction: bool, keep_all: bool
+) -> Rows:
+    """Builds the rows of a layer (section 3.4b, c).
+
+    Args:
+      state: before the layer.
+      layout: of the sequence.
+      chosen: the blocks to open.
+      scale_correction: coarse keys count log(b) more.
+      keep_all: keep all m coarse rows and mask the opened ones (static layout), instead of
+        dropping them.
+
+    Returns:
+      r = p + k b + m rows, or p + k b + m - k.
+    """
+    fine = refine(state, chosen.fine)
+    batch, k, size, d = fine.shape
+    coarse, coarse_gate, coarse_mask = state.coarse, chosen.gate, layout.block_mask
+    if not keep_all and k:
+        coarse, coarse_gate, coarse_mask = (
+            take_rows(rows, chosen.rest) for rows in (coarse, coarse_gate, coarse_mask)
+        )
+    fine_gate = jnp.repeat(take_rows(chosen.gate, chosen.fine), size, axis=1)
+    fine_mask = take_rows(layout.mask, chosen.fine).reshape(batch, k * size)
+    gate = jnp.concatenate([fine_gate, coarse_gate, jnp.ones_like(layout.vip_mask)], axis=1)
+    mask = jnp.concatenate([fine_mask, coarse_mask, layout.vip_mask], axis=1)
+    bias = MASK_BIAS * (1.0 - mask) + jnp.log(gate + GATE_EPS)
+    first, last = k * size, k * size + coarse.shape[1]
+    if scale_correction:
+        tokens = jnp.ones((gate.shape[1],)).at[first:last].set(size)
+        bias = bias + jnp.log(tokens + GATE_EPS)
+    if keep_all and k:
+        opened = jnp.full(chosen.fine.shape, REPLACED_BIAS)
+        bias = bias.at[:, first:last].set(set_rows(bias[:, first:last], chosen.fine, opened))
+    x = jnp.concatenate([fine.reshape(batch, k * size, d), coarse, state.vip], axis=1)
+    return Rows(x, gate, bias)
+
+
+def scatter_rows(state: State, layout: Layout, chosen: Selection, y: jax.Array) -> State:
+    """Writes the rows of a layer back (section 3.4e); the inverse of `gather_rows`.
+
+    Args:
+      state: before the layer.
+      layout: of the sequence.
+      chosen: the blocks that were open.
+      y: Y [B, r, d], the rows after the layer.
+
+    Returns:
+      the state with VIP and coarse rows replaced, and the means and differences of the k opened
+      blocks computed anew; the differences of all other blocks are untouched.
+    """
+    batch, k = chosen.fine.shape
+    size, d = state.difference.shape[2:]
+    first, last = k * size, y.shape[1] - state.vip.shape[1]
+    coarse = y[:, first:last]
+    if last - first < state.coarse.shape[1]:
+        coarse = set_rows(state.coarse, chosen.rest, coarse)
+    opened = y[:, :first].reshape(batch, k, size, d)
+    mean, difference = compress(opened, take_rows(layout.mask, chosen.fine))
+    return State(
+        vip=y[:, last:],
+        coarse=set_rows(coarse, chosen.fine, mean),
+        difference=set_rows(state.difference, chosen.fine, difference),
+    )
