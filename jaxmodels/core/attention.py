@@ -16,7 +16,7 @@ from jaxmodels.core import layers
 
 MASK_BIAS = -1000.0  # finite, so that a row with every key masked stays free of NaN
 IMPLEMENTATIONS = (None, "xla", "chunked", "cudnn")
-CHUNK = 512  # queries a step of the chunked implementation
+CHUNK = 64  # queries a step of the chunked implementation; its weights then stay in cache
 
 
 def key_mask_bias(mask: jax.Array, value: float = MASK_BIAS) -> jax.Array:
@@ -113,8 +113,9 @@ def _chunked(
     """Plain attention for CHUNK queries at a time; [H, CHUNK, K] weights live at once."""
     batch, num_queries, heads, width = query.shape
     pad = -num_queries % CHUNK
-    chunks = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(chunks.reshape(batch, -1, CHUNK, heads, width), 1, 0)
+    query = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(query.reshape(batch, -1, CHUNK, heads, width), 1, 0)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     rows = None
     if bias is not None and bias.shape[2] != 1:  # a bias that differs by query is cut as well
         rows = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
@@ -123,8 +124,22 @@ def _chunked(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(chunk: jax.Array, row: jax.Array | None) -> jax.Array:
-        weights = attention_weights(chunk, key, bias if row is None else row, scale)
-        return _mix(weights, value)
+        scores = jnp.einsum(
+            "bqhd,bhkd->bhqk", chunk * scale, key, preferred_element_type=jnp.float32
+        )
+        row = bias if row is None else row
+        scores = scores if row is None else scores + row
+        # Dividing the mixed values instead of the weights saves passes over [Q, K].
+        top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        mixed = jnp.einsum(
+            "bhqk,bhkd->bhqd",
+            weights.astype(value.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
+        mixed = mixed / weights.sum(axis=-1, keepdims=True)
+        return mixed.transpose(0, 2, 1, 3).astype(value.dtype)
 
     _, mixed = jax.lax.scan(lambda _, x: (None, step(*x)), None, (chunks, rows))
     mixed = jnp.moveaxis(mixed, 0, 1).reshape(batch, -1, heads, width)

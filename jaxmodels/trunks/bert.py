@@ -183,19 +183,19 @@ class BertModel(nn.Module):
           input_ids: [batch, length] int.
           attention_mask: [batch, length], 1 on real tokens; default all ones.
           token_type_ids: [batch, length] int; default zeros.
-          position_ids: [batch, length] int, from 0; default 0, 1, 2, ...
+          position_ids: [batch, length] int from 0, below max_positions; default 0, 1, 2, ...
           deterministic: no dropout; else an rng named "dropout" is needed.
 
         Returns:
           [batch, length, d_model] float32.
 
         Raises:
-          ValueError: the input is longer than the position table.
+          ValueError: no position ids, and the input is longer than the position table.
         """
-        check_length(input_ids.shape[1], self.config.max_positions)
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if position_ids is None:
+            check_length(input_ids.shape[1], self.config.max_positions)
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         x = self.embeddings(input_ids, position_ids, token_type_ids, deterministic)
         if self.config.pooler and self.is_initializing():

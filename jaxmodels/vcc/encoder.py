@@ -262,9 +262,7 @@ class VccEncoder(nn.Module):
         layer = self.trunk.make_layer(VccLayer, vcc=vcc)
 
         def body(layer_params: Any, state: compression.State, key: Any) -> tuple[Any, Any]:
-            state, chosen = run_vcc_layer(
-                layer, layer_params, state, layout, key, self.trunk.remat
-            )
+            state, chosen = run_vcc_layer(layer, layer_params, state, layout, key, self.trunk.remat)
             return state, {"fine_blocks": chosen.fine, "scores": chosen.scores}
 
         state, trace = blocks.scan_layers(body, params, state, rng)

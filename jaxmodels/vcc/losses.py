@@ -44,9 +44,7 @@ def cross_entropy(
     return {"loss": ((nll * counted).sum(), total), "accuracy": ((hit * counted).sum(), total)}
 
 
-def multiple_choice(
-    scores: jax.Array, valid: jax.Array, answers: jax.Array
-) -> dict[str, Pair]:
+def multiple_choice(scores: jax.Array, valid: jax.Array, answers: jax.Array) -> dict[str, Pair]:
     """Cross-entropy over candidates (WikiHop, QuALITY).
 
     Args:

@@ -56,7 +56,7 @@ class VccRoberta(nn.Module):
           attention_mask: [batch, length], 1 on real tokens.
           vip_mask: [batch, length], 1 on VIP tokens (`inputs.check_inputs` checks them).
           token_type_ids: [batch, length] int; default zeros.
-          position_ids: [batch, length] int from 0; default 0, 1, 2, ...
+          position_ids: [batch, length] int from 0, below max_positions; default 0, 1, 2, ...
           deterministic: no dropout, no exploration; else an rng named "dropout" is needed.
 
         Returns:
@@ -64,10 +64,10 @@ class VccRoberta(nn.Module):
           opened (see `VccEncoder`).
 
         Raises:
-          ValueError: the input is longer than the position table.
+          ValueError: no position ids, and the input is longer than the position table.
         """
-        bert.check_length(input_ids.shape[1], self.trunk.max_positions)
         if position_ids is None:
+            bert.check_length(input_ids.shape[1], self.trunk.max_positions)
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         x = self.embeddings(input_ids, position_ids, token_type_ids, deterministic)
         return self.encoder(x, attention_mask, vip_mask, deterministic)

@@ -1,0 +1,219 @@
+"""Look-up of planted facts in long real documents: the task that shows selection at work.
+
+The question in front of the document is VIP; the answer, one of 16 values, is read at the
+question's key token, as logits tied to the value embeddings. Nothing but the trunk is trained.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.core import params as param_tree
+from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
+from jaxmodels.data import folders, pipeline, pydoc_facts
+from jaxmodels.vcc import initialization, losses, settings
+from jaxmodels.vcc.inputs import check_inputs
+from jaxmodels.vcc.model import gather_tokens
+
+QUESTION_TOKENS = 7  # "what is the code of KEY ?"
+FIELDS = (
+    "input_ids",
+    "attention_mask",
+    "vip_mask",
+    "question_positions",
+    "answers",
+    "answer_positions",
+)
+
+
+class FactsTask(Task):
+    """Trains a trunk to answer questions about `pydoc_facts` documents."""
+
+    def __init__(self, config: Any):
+        """Checks the settings.
+
+        Args:
+          config: see `configs/vcc.py`.
+
+        Raises:
+          ValueError: settings that cannot work together.
+        """
+        self.config = config
+        self.trunk = settings.trunk_config(config.model)
+        self.vcc = settings.vcc_config(config.model)
+        self.module = settings.make_trunk(self.trunk, self.vcc)
+        self.stages = _curriculum(config)
+        vips = 1 + QUESTION_TOKENS * config.data.questions
+        if vips > self.vcc.num_vip and "vcc" in self.vcc.kinds:
+            raise ValueError(
+                f"data.questions={config.data.questions} makes {vips} VIP tokens, but "
+                f"model.num_vip={self.vcc.num_vip}; raise num_vip or ask fewer questions."
+            )
+        period = self.trunk.max_positions if self.restart is None else self.restart
+        if self.restart is None and config.data.length > period:
+            raise ValueError(
+                f"data.length={config.data.length} exceeds model.max_positions={period}; raise it, "
+                "or restart positions in every segment with model.positions=segment."
+            )
+
+    @property
+    def restart(self) -> int | None:
+        """Tokens after which positions restart; None where they run through the text."""
+        return self.vcc.segment_length if self.config.model.positions == "segment" else None
+
+    @functools.cached_property
+    def vocabulary(self) -> pydoc_facts.FactsVocabulary:
+        """Token ids of keys and values; reads or trains the tokenizer."""
+        return pydoc_facts.vocabulary(
+            folders.data_dir(self.config.data.dir), self.config.model.vocab_size
+        )
+
+    def init(self, rng: jax.Array) -> Params:
+        """See `Task.init`; a "copying" start is written over the random one."""
+        rng_init, rng_copy = jax.random.split(rng)
+        boxed = settings.init(self.module, rng_init)
+        if self.config.model.init == "copying":
+            boxed = initialization.copying_params(rng_copy, boxed, self.vcc.kinds, self.trunk)
+        return {"trunk": boxed}
+
+    def param_groups(self, params: Params) -> Labels:
+        """See `Task.param_groups`."""
+        return param_tree.weight_decay_groups(params)
+
+    def logits(
+        self, params: Params, batch: Batch, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns logits over the values [B, Q, 16], and what the VCC layers opened."""
+        if self.restart is not None:
+            positions = jnp.arange(batch["input_ids"].shape[1]) % self.restart
+            positions = jnp.broadcast_to(positions, batch["input_ids"].shape)
+            batch = dict(batch) | {"position_ids": positions}
+        hidden, opened = settings.encode(self.module, params["trunk"], batch, rng)
+        states = gather_tokens(hidden, batch["question_positions"])
+        table = params["trunk"]["embeddings"]["word"]["embedding"]
+        values = table[jnp.asarray(self.vocabulary.value_ids)]
+        # Scaled like attention, so that the start is not saturated.
+        return states @ values.T * self.trunk.d_model**-0.5, opened
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Cross-entropy over the values, a question each; see `Task.loss`."""
+        logits, _ = self.logits(params, batch, rng)
+        metrics = losses.cross_entropy(logits, batch["answers"])
+        return metrics["loss"][0] / metrics["loss"][1], metrics
+
+    def metrics(self, params: Params, batch: Batch) -> Metrics:
+        """Loss, accuracy, and how often each VCC layer opened the block of the answer."""
+        logits, opened = self.logits(params, batch)
+        weight = jnp.broadcast_to(batch["weight"][:, None], batch["answers"].shape)
+        found = losses.cross_entropy(logits, batch["answers"], weight)
+        if opened:
+            hits = self.answer_opened(batch, opened)
+            for layer, hit in enumerate(hits):
+                found[f"recall_vcc{layer + 1}"] = ((hit * weight).sum(), weight.sum())
+        return found
+
+    def answer_opened(self, batch: Batch, opened: dict[str, jax.Array]) -> jax.Array:
+        """Returns [VCC layers, B, Q] float32: 1 where the block of the answer was opened."""
+        rows = jnp.argsort(opened["order"], axis=-1)  # row of each token
+        row = jnp.take_along_axis(rows, batch["answer_positions"], axis=1)
+        block = (row - self.vcc.num_vip) // self.vcc.block_size
+        fine = opened["fine_blocks"][:, :, None, :]
+        return (fine == block[None, :, :, None]).any(axis=-1).astype(jnp.float32)
+
+    def source(self, split: str, length: int, groups: int, documents: int) -> Any:
+        """Returns the documents of a split, built on first use."""
+        data = self.config.data
+        train, validation = (documents, 0) if split == "train" else (0, documents)
+        return pydoc_facts.load(
+            folders.data_dir(data.dir),
+            split,
+            length=length,
+            questions=data.questions,
+            fact_groups=groups,
+            slot=data.slot,
+            train_documents=train,
+            validation_documents=validation,
+            vocab_size=self.config.model.vocab_size,
+            seed=data.seed,
+        )
+
+    def datasets(self, split: str) -> Any:
+        """See `Task.datasets`: "train" runs through the curriculum, then stays at full length."""
+        options = pipeline.PipelineOptions(num_workers=self.config.data.num_workers)
+        if split != "train":
+            return self._evaluation(options)
+        stages = [
+            pipeline.Stage(
+                self.source("train", length, groups, documents), self._example, batch, steps
+            )
+            for length, groups, documents, batch, steps in self.stages
+        ]
+        return pipeline.train_batches(stages, seed=self.config.seed, options=options)
+
+    def _evaluation(self, options: pipeline.PipelineOptions) -> Any:
+        data = self.config.data
+        source = self.source("validation", data.length, data.fact_groups, data.validation_documents)
+        return pipeline.eval_batches(source, self._example, self.config.batch_size, options=options)
+
+    def _example(self, record: dict[str, Any], rng: Any) -> dict[str, np.ndarray]:
+        """Picks and checks the fields of a document."""
+        del rng
+        mask, vip = check_inputs(
+            record["attention_mask"], record["vip_mask"], self.vcc.num_vip, self.vcc.overflow
+        )
+        kept = {name: np.asarray(record[name], np.int32) for name in FIELDS}
+        return kept | {"attention_mask": mask, "vip_mask": vip}
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        """Accuracy on held-out topics, and recall of the answer's block by layer."""
+        return {"validation": Evaluator(lambda: self.datasets("validation"), self.metrics)}
+
+    def predict(self, params: Params, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers questions about documents.
+
+        Args:
+          params: of the trained model.
+          inputs: rows with `question` ("what is the code of KEY ?") and `document` (text).
+
+        Returns:
+          rows with `answer` (a value), `probability`, and `opened_blocks`: for each VCC layer,
+          the (first token, last token) ranges it opened, best first.
+
+        Raises:
+          ValueError: a row without these fields, a question without a known key, or a document
+            longer than data.length.
+        """
+        from jaxmodels.vcc import facts_predict
+
+        return facts_predict.answer(self, params, inputs)
+
+
+def _curriculum(config: Any) -> list[tuple[int, int, int, int, int | None]]:
+    """Returns (length, fact groups, documents, batch size, steps) of each stage.
+
+    Raises:
+      ValueError: lists of different lengths, or more curriculum steps than steps in all.
+    """
+    data = config.data
+    lists = {
+        name: tuple(data[f"curriculum_{name}"])
+        for name in ("lengths", "groups", "batches", "steps")
+    }
+    sizes = {name: len(values) for name, values in lists.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"data.curriculum_* name different numbers of stages: {sizes}.")
+    spent = sum(lists["steps"])
+    if spent >= config.total_steps and spent:
+        raise ValueError(
+            f"data.curriculum_steps takes {spent} steps of total_steps={config.total_steps}; "
+            "raise total_steps, so that training reaches data.length."
+        )
+    early = [
+        (length, groups, batch * steps, batch, steps)
+        for length, groups, batch, steps in zip(*lists.values(), strict=True)
+    ]
+    last = (data.length, data.fact_groups, data.train_documents, config.batch_size, None)
+    return [*early, last]

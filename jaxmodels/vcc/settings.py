@@ -1,0 +1,113 @@
+"""From the configuration of a run to the sizes of its model."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.trunks import bert
+from jaxmodels.vcc import encoder
+from jaxmodels.vcc.model import VccRoberta
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def trunk_config(model: Any) -> bert.BertConfig:
+    """Returns the trunk's sizes from `config.model`.
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+    same = (
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_heads",
+        "d_ff",
+        "max_positions",
+        "num_token_types",
+        "norm_order",
+        "norm_eps",
+        "dropout_rate",
+        "attention_dropout_rate",
+        "remat",
+    )
+    return bert.BertConfig(
+        **{name: model[name] for name in same},
+        implementation=None if model.attention == "auto" else model.attention,
+        dtype=DTYPES[model.dtype],
+    )
+
+
+def vcc_config(model: Any) -> encoder.VccConfig:
+    """Returns how to compress from `config.model`.
+
+    Raises:
+      ValueError: settings that do not fit together.
+    """
+    kinds = tuple(model.layer_kinds)
+    if not kinds:
+        local = model.num_local_layers
+        if local > model.num_layers:
+            raise ValueError(
+                f"model.num_local_layers={local} exceeds model.num_layers={model.num_layers}."
+            )
+        kinds = ("local",) * local + (model.encoder,) * (model.num_layers - local)
+    if len(kinds) != model.num_layers:
+        raise ValueError(
+            f"model.layer_kinds names {len(kinds)} layers, model.num_layers is "
+            f"{model.num_layers}; make them equal or leave layer_kinds empty."
+        )
+    same = (
+        "num_vip",
+        "block_size",
+        "num_fine_blocks",
+        "segment_length",
+        "selector",
+        "explore_prob",
+        "scale_correction",
+        "layout",
+        "overflow",
+    )
+    return encoder.VccConfig(kinds=kinds, **{name: model[name] for name in same})
+
+
+def make_trunk(trunk: bert.BertConfig, vcc: encoder.VccConfig) -> VccRoberta | bert.BertModel:
+    """Returns the encoder: RoBERTa where every layer is dense, VCC-RoBERTa else; one tree."""
+    if set(vcc.kinds) == {"dense"}:
+        return bert.BertModel(trunk)
+    return VccRoberta(trunk, vcc)
+
+
+def init(module: VccRoberta | bert.BertModel, rng: jax.Array) -> Any:
+    """Returns fresh boxed parameters of a trunk; they do not depend on the input's length."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    if isinstance(module, bert.BertModel):
+        return module.init(rng, ids)["params"]
+    return module.init(rng, ids, ids + 1, ids)["params"]
+
+
+def encode(
+    module: VccRoberta | bert.BertModel, params: Any, batch: Any, rng: Any = None
+) -> tuple[Any, Any]:
+    """Runs a trunk on a batch.
+
+    Args:
+      module: from `make_trunk`.
+      params: its parameters.
+      batch: `input_ids`, `attention_mask`, `vip_mask` [B, n], optionally `token_type_ids` and
+        `position_ids`.
+      rng: for dropout and exploration; None runs deterministically.
+
+    Returns:
+      hidden states [B, n, d_model] float32, and what VCC layers opened (empty if there are none).
+    """
+    types, positions = batch.get("token_type_ids"), batch.get("position_ids")
+    args = (batch["input_ids"], batch["attention_mask"])
+    rngs = None if rng is None else {"dropout": rng}
+    if isinstance(module, bert.BertModel):
+        hidden = module.apply({"params": params}, *args, types, positions, rng is None, rngs=rngs)
+        return hidden, {}
+    return module.apply(
+        {"params": params}, *args, batch["vip_mask"], types, positions, rng is None, rngs=rngs
+    )

@@ -1,0 +1,1 @@
+"""Tests mirror the tree; tests/house checks the rules of the repository itself."""
