@@ -7,7 +7,7 @@ Presets (section 7 of the paper's own configurations):
   roberta_large_4k     the same, large.
   roberta_base_512     dense post-norm RoBERTa base, masked LM, 512 tokens.
   roberta_base_4k_dense  dense pre-norm RoBERTa base, masked LM, 4,096 tokens.
-The roberta_* presets train on --config.data.files=FILE,... (text, or jsonl with --config.data.field).
+The roberta_* presets train on --config.data.files=FILE,... (text; jsonl with --config.data.field).
 """
 
 from ml_collections import ConfigDict
@@ -109,10 +109,10 @@ _ADAMW = {
 }
 
 _QUICKSTART = _ADAMW | {
-    "total_steps": 300,
+    "total_steps": 280,
     "batch_size": 8,
-    "eval_every": 100,
-    "checkpoint_every": 100,
+    "eval_every": 70,
+    "checkpoint_every": 140,
     "log_every": 10,
     "optimizer.learning_rate": 4e-3,
     "optimizer.warmup_steps": 20,

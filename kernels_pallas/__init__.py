@@ -1,1 +1,1 @@
-"""Pallas kernels, each beside the plain-JAX function that defines it; none before the VCC and SMILE kernels land."""
+"""Pallas kernels, each beside the plain-JAX function that defines it; so far none."""

@@ -1,6 +1,6 @@
 """Answers of a trained facts model to a user's own questions and documents."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,15 @@ import numpy as np
 from jaxmodels.core.task import Batch, Params
 from jaxmodels.data import tokenizer
 
-if TYPE_CHECKING:
-    from jaxmodels.vcc.facts_task import FactsTask
 
+def answer(task: Any, params: Params, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers the question of every row; arguments and errors as of `FactsTask.predict`.
 
-def answer(task: "FactsTask", params: Params, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers the question of every row; see `FactsTask.predict`."""
+    Args:
+      task: the `FactsTask`.
+      params: of the trained model.
+      inputs: rows with `question` and `document`.
+    """
     bpe = tokenizer.load(task.vocabulary.tokenizer_path)
     batches = [_encode(task, bpe, number, row) for number, row in enumerate(inputs, start=1)]
     run = jax.jit(task.logits)  # compiles once a bucket of lengths
@@ -33,7 +36,7 @@ def answer(task: "FactsTask", params: Params, inputs: list[dict[str, Any]]) -> l
     return outputs
 
 
-def _encode(task: "FactsTask", bpe: Any, number: int, row: dict[str, Any]) -> Batch:
+def _encode(task: Any, bpe: Any, number: int, row: dict[str, Any]) -> Batch:
     """Encodes [CLS] question document, padded to a power of two.
 
     Raises:
@@ -73,7 +76,7 @@ def _encode(task: "FactsTask", bpe: Any, number: int, row: dict[str, Any]) -> Ba
     return {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
 
 
-def _ranges(task: "FactsTask", opened: dict[str, jax.Array]) -> list[list[list[int]]]:
+def _ranges(task: Any, opened: dict[str, jax.Array]) -> list[list[list[int]]]:
     """Returns, a VCC layer each, the first and last token of the opened blocks."""
     if not opened:
         return []

@@ -1,0 +1,1 @@
+"""One file a method, named presets inside: `--config=configs/<method>.py:<preset>`."""

@@ -1,0 +1,125 @@
+"""Batches on their way to the device: types, order, positions, errors."""
+
+import json
+import threading
+import time
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels.core import partitioning
+from train.input import Prefetcher, place
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return partitioning.make_mesh()
+
+
+def test_types_become_those_of_the_device(mesh):
+    kinds = {"uint16": "int32", "int64": "int32", "uint64": "uint32", "float64": "float32"}
+    kinds |= {name: name for name in ("uint8", "int32", "bool", "float32", "float16")}
+    batch = {name: np.ones((4, 2), name) for name in kinds}
+    placed = place(batch, mesh)
+    assert {name: value.dtype.name for name, value in placed.batch.items()} == kinds
+    assert placed.batch["bool"].sharding == partitioning.batch_sharding(mesh)
+    assert placed.examples == 4
+
+
+def test_values_survive_at_the_ends_of_their_types(mesh):
+    ids = np.array([0, 65535], np.uint16)
+    wide = np.array([-(2**31), 2**31 - 1], np.int64)
+    batch = place({"ids": ids, "wide": wide}, mesh).batch
+    assert batch["ids"].tolist() == [0, 65535] and batch["wide"].tolist() == wide.tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"x": np.array([2**31])}, "'x'.*do not fit int32"),
+        ({"x": np.array(["a"])}, "only numbers"),
+        ({"x": np.array([None])}, "only numbers"),
+        ({"x": np.float32(1)}, "leading axis"),
+        ({"x": np.ones(2), "y": np.ones(3)}, "same number of rows"),
+    ],
+)
+def test_what_cannot_go_to_a_device_is_named(mesh, batch, said):
+    with pytest.raises(ValueError, match=said):
+        place(batch, mesh)
+
+
+def test_tokens_are_those_of_the_mask_else_of_the_ids(mesh):
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    assert place({"input_ids": mask, "attention_mask": mask}, mesh).tokens == 3
+    assert place({"input_ids": mask}, mesh).tokens == 6
+    assert place({"image": np.ones((2, 3))}, mesh).tokens == 0
+
+
+def numbers():
+    return (
+        grain.MapDataset.range(40)
+        .shuffle(seed=3)
+        .batch(4)
+        .to_iter_dataset()
+        .map(lambda x: {"x": x})
+    )
+
+
+def test_the_position_is_of_the_batch_consumed_not_prefetched(mesh):
+    batches = Prefetcher(numbers(), mesh, depth=3)
+    seen = [next(batches) for _ in range(4)]
+    batches.close()
+    rest = Prefetcher(numbers(), mesh, position=seen[1].position)
+    again = [next(rest) for _ in range(2)]
+    rest.close()
+    for one, other in zip(seen[2:], again, strict=True):
+        assert one.batch["x"].tolist() == other.batch["x"].tolist()
+        assert json.loads(one.position) == json.loads(other.position)
+
+
+def test_every_batch_comes_once_and_the_end_stays_the_end(mesh):
+    batches = Prefetcher(numbers(), mesh)
+    values = np.concatenate([placed.batch["x"] for placed in batches])
+    assert sorted(values.tolist()) == list(range(40))
+    with pytest.raises(StopIteration):
+        next(batches)
+    batches.close()
+
+
+def test_an_error_of_the_data_arrives_with_its_own_type_and_text(mesh):
+    def broken():
+        yield {"x": np.ones(2)}
+        raise KeyError("row 7 has no label")
+
+    batches = Prefetcher(broken(), mesh)
+    next(batches)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="row 7"):
+            next(batches)
+    batches.close()
+
+
+def test_waiting_is_measured_and_closing_stops_the_thread(mesh):
+    def slow():
+        while True:
+            time.sleep(0.05)
+            yield {"x": np.ones(2)}
+
+    batches = Prefetcher(slow(), mesh)
+    next(batches), next(batches)
+    assert 0.05 < batches.waited < 5
+    batches.close()
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_data_set_without_a_position_cannot_continue(mesh):
+    assert place({"x": np.ones(2)}, mesh).position is None
+    with pytest.raises(ValueError, match="set_state"):
+        Prefetcher([{"x": np.ones(2)}], mesh, position="{}")
+
+
+def test_batches_are_global_arrays(mesh):
+    placed = place({"x": np.arange(6.0)}, mesh)
+    assert isinstance(placed.batch["x"], jax.Array) and placed.batch["x"].committed

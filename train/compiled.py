@@ -1,0 +1,62 @@
+"""A jitted function, compiled once for each shape of batch, with the compilation in plain sight."""
+
+import time
+from typing import Any
+
+import jax
+
+from jaxmodels.core.task import Batch
+from train.flops import count_flops
+
+
+class PerShape:
+    """Calls `function(first, batch)` by programs compiled ahead, one a batch shape.
+
+    The shape of `first` is taken never to change. Compiling by hand tells its time apart from the
+    step's, gives the FLOPs, and leaves no way to compile twice unseen.
+
+    Attributes:
+      seconds: spent compiling.
+      compilations: programs compiled.
+    """
+
+    def __init__(self, function: Any):
+        """Takes a function of `jax.jit`."""
+        self.seconds = 0.0
+        self.compilations = 0
+        self._function = function
+        self._programs: dict[Any, tuple[Any, int]] = {}
+
+    def ready(self, batch: Batch) -> bool:
+        """Whether the program for this batch's shape is compiled."""
+        return _key(batch) in self._programs
+
+    def prepare(self, first: Any, batch: Batch) -> None:
+        """Compiles for these shapes (arrays or placed shape structs), where not done yet."""
+        if self.ready(batch):
+            return
+        start = time.perf_counter()
+        with jax.transfer_guard("allow"):  # constants of the program go to the device here
+            traced = self._function.trace(first, batch)
+            self._programs[_key(batch)] = traced.lower().compile(), count_flops(traced.jaxpr)
+        self.seconds += time.perf_counter() - start
+        self.compilations += 1
+
+    def flops(self, batch: Batch) -> int:
+        """FLOPs of one call with a batch of this shape, all devices together."""
+        return self._programs[_key(batch)][1]
+
+    def __call__(self, first: Any, batch: Batch) -> Any:
+        """Runs the program for this batch's shape, compiling it first where needed."""
+        self.prepare(first, batch)
+        return self._programs[_key(batch)][0](first, batch)
+
+
+def shapes(batch: Batch) -> str:
+    """Returns the shape of a batch in words, by its ids or its largest array: `x [32, 512]`."""
+    name = "input_ids" if "input_ids" in batch else max(batch, key=lambda key: batch[key].size)
+    return f"{name} {list(batch[name].shape)}"
+
+
+def _key(batch: Batch) -> tuple[Any, ...]:
+    return tuple((name, value.shape, value.dtype) for name, value in batch.items())
