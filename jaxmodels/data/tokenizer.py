@@ -89,10 +89,12 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise ValueError(
             f"{path} is not a tokenizer.json of the tokenizers package: {error}"
         ) from error
-    found = tuple(tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
-    if found != SPECIAL_TOKENS:
+    first = SPECIAL_TOKENS[:-1]
+    found = tuple(tokenizer.id_to_token(i) for i in range(len(first)))
+    mask = SPECIAL_TOKENS[-1]
+    if found != first or tokenizer.token_to_id(mask) is None:
         raise ValueError(
-            f"{path} has {found} as ids 0 to 4, but {SPECIAL_TOKENS} are needed (RoBERTa's order). "
+            f"{path} has {found} as its first ids, but {first} are needed, and {mask} at any id. "
             "Use a RoBERTa-type tokenizer, or leave the path out to have one trained on the text."
         )
     return tokenizer

@@ -205,6 +205,12 @@ def _curriculum(config: Any) -> list[tuple[int, int, int, int, int | None]]:
     sizes = {name: len(values) for name, values in lists.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"data.curriculum_* name different numbers of stages: {sizes}.")
+    for batch in lists["batches"]:
+        if batch % config.micro_batches:
+            raise ValueError(
+                f"data.curriculum_batches holds {batch}, which micro_batches="
+                f"{config.micro_batches} does not divide; choose multiples of it."
+            )
     spent = sum(lists["steps"])
     if spent >= config.total_steps and spent:
         raise ValueError(

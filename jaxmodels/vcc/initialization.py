@@ -37,8 +37,8 @@ class CopyingInit:
 
     position_dims: int = 16
     position_scale: float = 1.0
-    local_sharpness: float = 2.0
-    content_sharpness: float = 1.5
+    local_sharpness: float = 1.0
+    content_sharpness: float = 1.0
     local_copy: float = 3.0
     content_copy: float = 1.0
     shortest_period: float = 16.0

@@ -78,18 +78,12 @@ class MaskedLMTask(Task):
         data = self.config.data
         if data.tokenizer:
             return Path(data.tokenizer).expanduser()
-        documents = self._documents(data.files)
-        wanted = documents.fingerprint | {"vocab_size": self.trunk.vocab_size}
-        root = folders.data_dir(data.dir) / "text_lines"
-        folder = root / f"bpe-{cache_folder.digest(wanted)[:16]}"
-
-        def build(work: Path) -> dict[str, Any]:
-            texts = (documents[i]["text"] for i in range(len(documents)))
-            tokenizer.train_bpe(texts, self.trunk.vocab_size, (), work / "tokenizer.json")
-            return {}
-
-        cache_folder.ensure(folder, wanted, build, f"training a tokenizer on {documents!r}")
-        return folder / "tokenizer.json"
+        path = text_lines.train_tokenizer(
+            self._documents(data.files),
+            data_dir=folders.data_dir(data.dir),
+            vocab_size=self.trunk.vocab_size,
+        )
+        return Path(path)
 
     @functools.cached_property
     def bpe(self) -> Any:
@@ -107,8 +101,9 @@ class MaskedLMTask(Task):
         return bpe
 
     def _documents(self, files: Any) -> text_lines.TextDocuments:
-        field = self.config.data.field or "text"
-        return text_lines.TextDocuments(list(files), field, document="paragraph")
+        return text_lines.TextDocuments(
+            list(files), self.config.data.field, document="paragraph"
+        )
 
     def init(self, rng: jax.Array) -> Params:
         """See `Task.init`."""

@@ -146,7 +146,7 @@ def test_a_record_out_of_range_is_an_index_error(small: pydoc_facts.FactsSource)
 def test_no_module_is_loaded_too_early_and_tensorflow_never(tmp_path: pathlib.Path) -> None:
     program = """
 import sys
-from jaxmodels.data import masked_lm, pipeline, pydoc_facts, text_lines
+from jaxmodels.data import pipeline, pydoc_facts, text_lines
 heavy = {"grain", "tensorflow_datasets", "tokenizers", "tensorflow", "array_record"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 source = pydoc_facts.load(sys.argv[1], "train", length=64, fact_groups=1, train_documents=8)
