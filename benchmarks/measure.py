@@ -31,7 +31,7 @@ class Measured:
       seconds: of each counted run.
       ratio: median over turns of this side's time over the first side's; None where the first
         side, or this one, has no time.
-      warm: False where time allowed for no run beyond warming up, so that its last one counts.
+      warm: False where time allowed for one run only, so that it counts without a warm-up.
       skipped: why there is no time; None where there is one.
     """
 
@@ -88,9 +88,9 @@ def compare(
       sides: {name: callable}; the first is what the others are divided by. Compile beforehand,
         or let the warm-up do it.
       rounds: counted runs a side; fewer where the budget ends first, but at least one.
-      warmup: runs before those.
+      warmup: runs before those; at most half of all runs where the budget ends first.
       seconds_budget: no turn is begun that would end after it, going by the last one. The first
-        turn is always run; where it is the only one, it counts.
+        turn is always run.
       clock: seconds, for tests.
 
     Returns:
@@ -139,13 +139,12 @@ def _summary(times: dict[str, list[float]], warmup: int, skipped: dict[str, str]
         if name in skipped:
             sides[name] = Measured(skipped=skipped[name])
             continue
-        warm = len(seconds) > warmup
-        first = warmup if warm else len(seconds) - 1
+        first = min(warmup, len(seconds) // 2)
         ratio = None
         if base not in skipped:
             pairs = zip(seconds[first:], times[base][first:], strict=True)
             ratio = float(np.median([own / other for own, other in pairs]))
-        sides[name] = Measured(tuple(seconds[first:]), ratio, warm)
+        sides[name] = Measured(tuple(seconds[first:]), ratio, warm=first > 0 or warmup == 0)
     return Comparison(sides)
 
 

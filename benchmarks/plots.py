@@ -88,6 +88,9 @@ def _ticks(axis: Any, sizes: Sequence[float]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)
     low, high = axis.get_ylim()
+    if high < 10 * low:  # a power of ten at least, so that small differences look small
+        widen = math.sqrt(10 * low / high)
+        low, high = axis.set_ylim(low / widen, high * widen)
     if math.log10(high / low) < 1.5:  # fewer than two powers of ten: mark 2 and 5 as well
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -115,23 +118,25 @@ def _end_labels(axis: Any, lines: Sequence[Line]) -> None:
 
 
 def _ratio(axis: Any, base: Line, other: Line) -> None:
-    """Spans the distance between two lines at the last size that both have, with their ratio."""
+    """Spans the distance of two lines at the last size they share, if wide, with their ratio."""
     common = sorted(set(base.x) & set(other.x))
     if not common:
         return
     at = common[-1]
     low, high = base.y[list(base.x).index(at)], other.y[list(other.x).index(at)]
-    if max(low, high) / min(low, high) < 1.3:
+    bottom, top = axis.get_ylim()
+    if abs(math.log(high / low)) < 0.2 * math.log(top / bottom):  # no room for the text
         return
     arrow = {"arrowstyle": "<->", "color": GREY, "linewidth": 0.9, "shrinkA": 5, "shrinkB": 5}
     axis.annotate("", (at, low), (at, high), arrowprops=arrow)
     ratio = high / low
+    side = 1 if at == min((*base.x, *other.x)) else -1  # inside the frame
     axis.annotate(
         f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x",
         (at, math.sqrt(low * high)),
-        xytext=(-5, 0),
+        xytext=(5 * side, 0),
         textcoords="offset points",
-        ha="right",
+        ha="left" if side > 0 else "right",
         va="center",
         color=GREY,
         fontsize=9,

@@ -1,7 +1,8 @@
 """What a layer costs by arithmetic, to check the measured programs against.
 
 Forward FLOPs of matrix products (2 a multiply-add) for one sequence: n tokens, d_model = d,
-inner width d_ff, segment length g; p VIP slots, m blocks of b tokens, k of them opened.
+inner width d_ff, segment length g; p VIP slots, m blocks of b tokens, k of them opened. Chunked
+attention does up to a few percent more: it rounds the queries up to whole chunks.
 """
 
 from jaxmodels.trunks.bert import BertConfig

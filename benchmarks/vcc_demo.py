@@ -26,11 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="runs/demo", help="folder of the runs and the report")
     parser.add_argument("--seed", default="0", help="seed of parameters and data order")
-    root, seed = Path(parser.parse_args().root), parser.parse_args().seed
+    arguments = parser.parse_args()
+    root, seed = Path(arguments.root), arguments.seed
     root.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     sides = {
-        side.name: _side(side, root, {"seed": seed}) for side in demo_runs.SIDES
+        side.name: _side(side, root, {"seed": seed, "log_every": "5"}) for side in demo_runs.SIDES
     }
     print("\nmeasuring the training step, and the cost of 1K to 16K tokens ...", flush=True)
     costs = demo_costs.step_costs({"vcc": {}, "dense": {"model.encoder": "dense"}})
@@ -139,7 +140,7 @@ def _write(
     words = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings)
     about = (
         "<p>Each document is real text (Python's own documentation) with 32 facts planted in it, "
-        "&ldquo;the code of KEY is VALUE.&rdquo;; the question in front asks for one. "
+        "&ldquo;the code of KEY is VALUE.&rdquo;; four questions in front ask for one each. "
         "Held-out topics; 16 values, so guessing gives 6%, and guessing among the four facts of "
         "the right place 25%.</p>"
     )

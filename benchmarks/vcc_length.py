@@ -3,12 +3,16 @@
 Question: how do time, peak memory and FLOPs of forward + backward grow with the length of the
 document, for one layer and for a whole encoder, VCC against dense? Batch 1, float32, two sizes:
 the quickstart's (width 64) and RoBERTa base (width 768). The dense side attends in chunks from
-2,048 tokens on, so its memory is linear in the length: it is the rival that one would really use.
+1,024 tokens on, so its memory is linear in the length: it is the rival that one would really use.
 
 A VCC layer is timed as it runs within a stack: selection, refining, both branches, write-back; the
-bank of differences is copied once more than in a stack, where it is updated in place. A dense layer
-is timed from [1, n, d] to [1, n, d]. What is too dear for memory or for the time left is compiled
-only: FLOPs and peak memory are then known, and the table says "not run".
+bank of differences is copied once more than in a stack, where it is updated in place. What is too
+dear for memory or for the time left is compiled only: FLOPs and peak memory are then known, and the
+table says "not run".
+
+Columns: `rows` are those that a VCC layer runs on, of `tokens`; `ms` medians of interleaved runs;
+`MiB` the compiler's own plan; `GFLOP` counted in the program; `ratio` dense over VCC; the last one
+compares the counted forward FLOPs with `vcc_cost_model` (the side that is furthest off).
 """
 
 import argparse
@@ -20,6 +24,8 @@ from typing import Any
 import jax
 
 from benchmarks import measure, plots, vcc_programs
+from jaxmodels.core import attention
+from train import devices
 from train.flops import count_flops
 from train.table import aligned
 
@@ -48,10 +54,13 @@ class Budget:
         """Returns the seconds that are left."""
         return self.seconds - (time.perf_counter() - self.began)
 
+    def compile_time(self) -> float:
+        """Returns the mean seconds of a compilation so far; 0 before the first."""
+        return sum(self.compiling) / max(1, len(self.compiling))
+
     def allowed(self, programs_to_come: int) -> float:
         """Returns the seconds for running now; up to half of what is left is kept to compile."""
-        mean = sum(self.compiling) / max(1, len(self.compiling))
-        return self.left() - min(mean * programs_to_come, self.left() / 2)
+        return self.left() - min(self.compile_time() * programs_to_come, self.left() / 2)
 
     def share(self, point: int, allowed: float) -> float:
         """Returns the seconds for all rounds of a point."""
@@ -69,7 +78,7 @@ def measure_lengths(
     *,
     preset: str = "quickstart",
     budget_s: float = 45.0,
-    parts: Sequence[str] = ("encoder",),
+    parts: Sequence[str] = ("layer",),
     sides: Sequence[str] = ("vcc", "dense"),
     max_gib: float = 12.0,
     progress: Callable[[str], None] | None = None,
@@ -80,7 +89,7 @@ def measure_lengths(
       lengths: tokens.
       preset: of configs/vcc.py.
       budget_s: seconds in all, compilation included; ends a few seconds off.
-      parts: "layer", "encoder".
+      parts: "layer", "encoder" (which takes about three times as long to compile).
       sides: "vcc" and others of `vcc_programs.PARTS`; the first is what the others are divided by.
       max_gib: programs whose peak is above are not run.
       progress: called with one line a point.
@@ -193,7 +202,7 @@ def _compile(
         "gflop_forward": forward / 1e9,
         "gflop_formula": program.formula / 1e9,
     }
-    if budget.left() <= 0:
+    if budget.left() <= budget.compile_time():
         row["reason"] = f"the {budget.seconds:.0f} s were spent"
         return row, None
     began = time.perf_counter()
@@ -297,7 +306,7 @@ def length_figure(rows: Sequence[Row]) -> Any:
             plots.scaling_chart(axis, lines, lengths, "document length, tokens", ylabel)
         title = f"{TITLES[part].capitalize()}, {size}: forward + backward of one document"
         line_of_axes[0].set_title(title, loc="left", fontsize=11, fontweight="bold")
-    notes = ["dense attention is chunked from 2K tokens on"]
+    notes = [f"attention over {plots.short(attention.CHUNKED_FROM)} rows or more is chunked"]
     if any(row["ms"] is None for row in rows):
         notes.insert(0, "hollow points: compiled or counted, not run")
     plots.footnote(figure, "; ".join(notes))
@@ -314,6 +323,20 @@ def _lines(rows: Sequence[Row], name: str) -> list[plots.Line]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a command measures; pairs are for the first preset and for the later ones."""
+
+    lengths: tuple[Sequence[int], Sequence[int]]
+    parts: tuple[Sequence[str], Sequence[str]]
+    sides: Sequence[str]
+    first_share: float
+
+
+FULL = Plan((LENGTHS,) * 2, (("layer", "encoder"),) * 2, ("vcc", "dense", "all_dense"), 0.4)
+QUICK = Plan((LENGTHS[:4], LENGTHS[:2]), (("layer", "encoder"), ("layer",)), ("vcc", "dense"), 0.75)
+
+
 def main() -> None:
     """Measures, prints the tables, and writes JSON, CSV and one PNG a size."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -322,37 +345,39 @@ def main() -> None:
     parser.add_argument("--lengths", help="tokens, comma-separated")
     parser.add_argument("--presets", default=",".join(PRESETS), help="of configs/vcc.py")
     parser.add_argument("--max_gib", type=float, default=12.0, help="run no program above")
+    parser.add_argument("--out", default=str(measure.RESULTS), help="folder of the results")
     options = parser.parse_args()
+    devices.use_compilation_cache(None)
     began = time.perf_counter()
     seconds = options.budget_s or (60.0 if options.quick else 600.0)
+    plan = QUICK if options.quick else FULL
+    name = "vcc_length_quick" if options.quick else "vcc_length"
     lengths = [int(n) for n in options.lengths.split(",")] if options.lengths else None
-    presets, rows, name = options.presets.split(","), [], "vcc_length"
-    name += "_quick" if options.quick else ""
+    presets, rows = options.presets.split(","), []
     for i, preset in enumerate(presets):
         left = seconds - (time.perf_counter() - began)
+        kept = plan.first_share if i + 1 < len(presets) else 1.0
         own = measure_lengths(
-            lengths or (_QUICK[i > 0] if options.quick else LENGTHS),
+            lengths or plan.lengths[i > 0],
             preset=preset,
-            budget_s=left if i else left * (0.75 if options.quick else 0.4) ** (len(presets) - 1),
-            parts=("layer",) if options.quick and i > 0 else ("layer", "encoder"),
-            sides=("vcc", "dense", "all_dense"),
+            budget_s=left * kept,
+            parts=plan.parts[i > 0],
+            sides=plan.sides,
             max_gib=options.max_gib,
             progress=lambda line: print(line, flush=True),
         )
         rows += own
-        plots.save(length_figure(own), measure.RESULTS / f"{name}_{preset}.png")
+        plots.save(length_figure(own), f"{options.out}/{name}_{preset}.png")
     result = {
         "question": "how do time, memory and FLOPs of forward + backward grow with the length?",
         "environment": measure.environment(vars(options)),
         "rows": rows,
     }
-    path = measure.save(name, result)
-    measure.save_csv(name, rows)
+    path = measure.save(name, result, options.out)
+    measure.save_csv(name, rows, options.out)
     print("\n" + table(rows))
     print(f"\n{path} and the same as .csv and .png; {time.perf_counter() - began:.0f} s")
 
-
-_QUICK = ((1024, 2048, 4096, 8192), (1024, 2048))
 
 if __name__ == "__main__":
     main()

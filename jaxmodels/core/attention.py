@@ -17,6 +17,7 @@ from jaxmodels.core import layers
 MASK_BIAS = -1000.0  # finite, so that a row with every key masked stays free of NaN
 IMPLEMENTATIONS = (None, "xla", "chunked", "cudnn")
 CHUNK = 64  # queries a step of the chunked implementation; its weights then stay in cache
+CHUNKED_FROM = 1024  # queries; below, the plain weights are small
 
 
 def key_mask_bias(mask: jax.Array, value: float = MASK_BIAS) -> jax.Array:
@@ -62,7 +63,7 @@ def dot_product_attention(
       dropout: applied to the attention weights; only the plain implementation has them.
       implementation: "xla" (plain), "chunked" (queries in blocks, weights recomputed in the
         backward pass: memory linear in K), "cudnn" (fused, GPU) or None: cudnn on GPU in half
-        precision, chunked from 2,048 queries on, xla else.
+        precision, chunked from 1,024 queries on, xla else.
 
     Returns:
       [B, Q, H, D] in the dtype of `value`.
@@ -94,7 +95,7 @@ def _choose(query: jax.Array, dropout: Callable[[jax.Array], jax.Array] | None) 
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if half and jax.default_backend() == "gpu":
         return "cudnn"
-    return "chunked" if query.shape[1] >= 2048 else "xla"
+    return "chunked" if query.shape[1] >= CHUNKED_FROM else "xla"
 
 
 def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:

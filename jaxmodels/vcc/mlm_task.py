@@ -101,9 +101,7 @@ class MaskedLMTask(Task):
         return bpe
 
     def _documents(self, files: Any) -> text_lines.TextDocuments:
-        return text_lines.TextDocuments(
-            list(files), self.config.data.field, document="paragraph"
-        )
+        return text_lines.TextDocuments(list(files), self.config.data.field, document="paragraph")
 
     def init(self, rng: jax.Array) -> Params:
         """See `Task.init`."""
