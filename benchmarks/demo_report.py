@@ -59,28 +59,62 @@ def curve_plots(sides: dict[str, dict[str, Any]]) -> Any:
       sides: {name: {"title", "curves"}} with curves as of `demo_runs.curves`.
     """
     figure, axes = _axes(4, height=3.6)
-    drawn = (("train", "loss"), ("validation", "accuracy"))
-    for row, (split, metric) in enumerate(drawn):
-        for column, against in enumerate(("step", "seconds")):
-            axis = axes[2 * row + column]
-            for name, side in sides.items():
-                lines = side["curves"].get(split, [])
-                x, y = [line[against] for line in lines], [line[metric] for line in lines]
-                y = _smooth(y) if split == "train" else y
-                marker = None if split == "train" else "o"
-                axis.plot(
-                    x, y, color=COLOURS[name], marker=marker, markersize=4, label=side["title"]
-                )
-            axis.set_xlabel("steps" if against == "step" else "seconds of training")
-            if against == "seconds":
-                axis.set_xscale("log")
-        axes[2 * row].set_ylabel(
-            "training loss (mean of 5 logged)" if split == "train" else "accuracy, 4,096 tokens"
-        )
-    axes[2].set_ylim(0, 1.02)
-    axes[3].set_ylim(0, 1.02)
+    for axis, (split, against) in zip(
+        axes,
+        [(split, against) for split in ("train", "validation") for against in ("step", "seconds")],
+        strict=True,
+    ):
+        _curves(axis, sides, split, against)
     axes[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def summary_plot(sides: dict[str, dict[str, Any]], lengths: list[dict[str, Any]]) -> Any:
+    """Returns the demo in one picture: accuracy by steps, by seconds, and time against length.
+
+    Args:
+      sides: as for `curve_plots`.
+      lengths: rows of `vcc_length.measure_lengths`.
+    """
+    figure, axes = _axes(3, height=3.6)
+    _curves(axes[0], sides, "validation", "step")
+    _curves(axes[1], sides, "validation", "seconds")
+    axes[0].legend(frameon=False, fontsize=8)
+    for name in ("vcc", "dense"):
+        rows = [row for row in lengths if row["side"] == name and row["ms"]]
+        axes[2].plot(
+            [row["n"] for row in rows],
+            [row["ms"] for row in rows],
+            color=COLOURS[name],
+            marker="o",
+            markersize=4,
+        )
+    ticks = sorted({row["n"] for row in lengths})
+    axes[2].set(xscale="log", yscale="log", xlabel="tokens in the document")
+    axes[2].set_xticks(ticks, [f"{n // 1024}K" for n in ticks])
+    axes[2].minorticks_off()
+    axes[2].set_ylabel("ms, forward + backward of a document")
+    return figure
+
+
+def _curves(axis: Any, sides: dict[str, dict[str, Any]], split: str, against: str) -> None:
+    """Draws training loss or held-out accuracy of every side against steps or seconds."""
+    metric = "loss" if split == "train" else "accuracy"
+    for name, side in sides.items():
+        lines = side["curves"].get(split, [])
+        x, y = [line[against] for line in lines], [line[metric] for line in lines]
+        if split == "train":
+            axis.plot(x, _smooth(y), color=COLOURS[name], label=side["title"])
+        else:
+            axis.plot(x, y, color=COLOURS[name], marker="o", markersize=4, label=side["title"])
+    if split == "train":
+        axis.set_ylabel("training loss (mean of 5 logged)")
+    else:
+        axis.set_ylabel("held-out accuracy, 4,096 tokens")
+        axis.set_ylim(0, 1.02)
+    axis.set_xlabel("steps" if against == "step" else "seconds of training")
+    if against == "seconds":
+        axis.set_xscale("log")
 
 
 def _smooth(values: list[float], window: int = 5) -> list[float]:

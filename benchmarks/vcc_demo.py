@@ -146,6 +146,8 @@ def _write(
     )
     curves = demo_report.image(demo_report.curve_plots(sides))
     cost = demo_report.image(vcc_length.length_figure(lengths))
+    summary = demo_report.summary_plot(sides, lengths)
+    summary.savefig(root / "summary.png", dpi=110, bbox_inches="tight")
     machine = ", ".join(f"{k} {v}" for k, v in measure.environment().items())
     sections = [
         ("Result", about + f"<ul>{words}</ul>" + demo_report.table_html(rows)),

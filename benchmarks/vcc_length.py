@@ -2,8 +2,8 @@
 
 Question: how do time, peak memory and FLOPs of forward + backward grow with the length of the
 document, for one layer and for a whole encoder, VCC against dense? Batch 1, float32, two sizes:
-the quickstart's (width 64) and RoBERTa base (width 768). The dense side attends in chunks from
-1,024 tokens on, so its memory is linear in the length: it is the rival that one would really use.
+the quickstart's (width 64) and RoBERTa base (width 768). Long attention is chunked on both sides
+(`core.attention.chunking`), so that dense memory is linear in the length: the rival one would use.
 
 A VCC layer is timed as it runs within a stack: selection, refining, both branches, write-back; the
 bank of differences is copied once more than in a stack, where it is updated in place. What is too
@@ -306,7 +306,7 @@ def length_figure(rows: Sequence[Row]) -> Any:
             plots.scaling_chart(axis, lines, lengths, "document length, tokens", ylabel)
         title = f"{TITLES[part].capitalize()}, {size}: forward + backward of one document"
         line_of_axes[0].set_title(title, loc="left", fontsize=11, fontweight="bold")
-    notes = [f"attention over {plots.short(attention.CHUNKED_FROM)} rows or more is chunked"]
+    notes = [f"attention over {attention.chunking()[0]:,} rows or more is chunked"]
     if any(row["ms"] is None for row in rows):
         notes.insert(0, "hollow points: compiled or counted, not run")
     plots.footnote(figure, "; ".join(notes))

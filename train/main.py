@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from train import cli
 
 FLAGS = (
-    cli.Flag("config", "config file and preset, as configs/vcc.py:quickstart", required=True),
+    cli.Flag("config", "config file and preset, as FILE.py:PRESET", required=True),
     cli.Flag("workdir", "folder of this run: everything it writes, and where it resumes from"),
     cli.Flag(
         "print_config", "list every field with type, value, default and meaning, then leave", False

@@ -16,8 +16,10 @@ from jaxmodels.core import layers
 
 MASK_BIAS = -1000.0  # finite, so that a row with every key masked stays free of NaN
 IMPLEMENTATIONS = (None, "xla", "chunked", "cudnn")
-CHUNK = 64  # queries a step of the chunked implementation; its weights then stay in cache
-CHUNKED_FROM = 1024  # queries; below, the plain weights are small
+# Chunked attention: (queries from which it is chosen, queries a step). On a CPU small steps keep
+# the weights in cache and win early; accelerators want larger products.
+CHUNKING = {"cpu": (512, 64)}
+CHUNKING_ELSEWHERE = (2048, 512)
 
 
 def key_mask_bias(mask: jax.Array, value: float = MASK_BIAS) -> jax.Array:
@@ -63,7 +65,7 @@ def dot_product_attention(
       dropout: applied to the attention weights; only the plain implementation has them.
       implementation: "xla" (plain), "chunked" (queries in blocks, weights recomputed in the
         backward pass: memory linear in K), "cudnn" (fused, GPU) or None: cudnn on GPU in half
-        precision, chunked from 1,024 queries on, xla else.
+        precision, chunked for long inputs (`CHUNKING`), xla else.
 
     Returns:
       [B, Q, H, D] in the dtype of `value`.
@@ -95,7 +97,12 @@ def _choose(query: jax.Array, dropout: Callable[[jax.Array], jax.Array] | None) 
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if half and jax.default_backend() == "gpu":
         return "cudnn"
-    return "chunked" if query.shape[1] >= CHUNKED_FROM else "xla"
+    return "chunked" if query.shape[1] >= chunking()[0] else "xla"
+
+
+def chunking() -> tuple[int, int]:
+    """Returns (queries from which attention is chunked, queries a step) on this backend."""
+    return CHUNKING.get(jax.default_backend(), CHUNKING_ELSEWHERE)
 
 
 def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:
@@ -111,16 +118,17 @@ def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:
 def _chunked(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, scale: float
 ) -> jax.Array:
-    """Plain attention for CHUNK queries at a time; [H, CHUNK, K] weights live at once."""
+    """Plain attention for a chunk of queries at a time; [H, chunk, K] weights live at once."""
     batch, num_queries, heads, width = query.shape
-    pad = -num_queries % CHUNK
+    size = chunking()[1]
+    pad = -num_queries % size
     query = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(query.reshape(batch, -1, CHUNK, heads, width), 1, 0)
+    chunks = jnp.moveaxis(query.reshape(batch, -1, size, heads, width), 1, 0)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     rows = None
     if bias is not None and bias.shape[2] != 1:  # a bias that differs by query is cut as well
         rows = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
-        rows = rows.reshape(*bias.shape[:2], -1, CHUNK, bias.shape[3])
+        rows = rows.reshape(*bias.shape[:2], -1, size, bias.shape[3])
         rows = jnp.moveaxis(rows, 2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)

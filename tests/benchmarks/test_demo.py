@@ -1,4 +1,4 @@
-"""The demo's table, sentences and report, from made-up numbers: what a reader is told must be so."""
+"""The demo's table, sentences and report, from made-up numbers: what a reader is told is so."""
 
 from typing import Any
 
