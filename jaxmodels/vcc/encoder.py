@@ -6,6 +6,7 @@ loads, and one stack of parameters runs dense, in local segments, or compressed.
 
 import dataclasses
 import itertools
+import logging
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from flax import linen as nn
 from jaxmodels.core import attention, blocks, layers, partitioning
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import compression
+
+_log = logging.getLogger(__name__)
 
 KINDS = ("local", "vcc", "dense")
 SELECTORS = ("attention", "random")
@@ -259,6 +262,12 @@ class VccEncoder(nn.Module):
         padded = compression.padded_length(n, vcc.num_vip, vcc.block_size)
         x, mask, vip_mask = (pad_length(a, padded) for a in (x, mask, vip_mask))
         state, layout = compression.enter(x, mask, vip_mask, vcc.num_vip, vcc.block_size)
+        num_blocks = state.coarse.shape[1]
+        if vcc.num_fine_blocks > num_blocks:  # said once a compilation
+            _log.info(
+                "num_fine_blocks=%d, but %d tokens make %d blocks: every block is opened.",
+                *(vcc.num_fine_blocks, n, num_blocks),
+            )
         layer = self.trunk.make_layer(VccLayer, vcc=vcc)
 
         def body(layer_params: Any, state: compression.State, key: Any) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ The question in front of the document is VIP; the answer, one of 16 values, is r
 question's key token, as logits tied to the value embeddings. Nothing but the trunk is trained.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -46,6 +47,8 @@ class FactsTask(Task):
         self.vcc = settings.vcc_config(config.model)
         self.module = settings.make_trunk(self.trunk, self.vcc)
         self.stages = _curriculum(config)
+        for length, groups, *_ in self.stages:
+            self._documents(length, groups)  # checks the sizes
         vips = 1 + QUESTION_TOKENS * config.data.questions
         if vips > self.vcc.num_vip and "vcc" in self.vcc.kinds:
             raise ValueError(
@@ -125,20 +128,32 @@ class FactsTask(Task):
 
     def source(self, split: str, length: int, groups: int, documents: int) -> Any:
         """Returns the documents of a split, built on first use."""
-        data = self.config.data
         train, validation = (documents, 0) if split == "train" else (0, documents)
-        return pydoc_facts.load(
-            folders.data_dir(data.dir),
-            split,
-            length=length,
-            questions=data.questions,
-            fact_groups=groups,
-            slot=data.slot,
+        wanted = dataclasses.replace(
+            self._documents(length, groups),
             train_documents=train,
             validation_documents=validation,
-            vocab_size=self.config.model.vocab_size,
-            seed=data.seed,
         )
+        return pydoc_facts.load(folders.data_dir(self.config.data.dir), split, wanted)
+
+    def _documents(self, length: int, groups: int) -> pydoc_facts.FactsConfig:
+        """Settings of the documents of one length.
+
+        Raises:
+          ValueError: the facts do not fit into that length.
+        """
+        data = self.config.data
+        try:
+            return pydoc_facts.FactsConfig(
+                length=length,
+                questions=data.questions,
+                fact_groups=groups,
+                slot=data.slot,
+                vocab_size=self.config.model.vocab_size,
+                seed=data.seed,
+            )
+        except ValueError as error:
+            raise ValueError(f"data.length, data.fact_groups or data.questions: {error}") from error
 
     def datasets(self, split: str) -> Any:
         """See `Task.datasets`: "train" runs through the curriculum, then stays at full length."""

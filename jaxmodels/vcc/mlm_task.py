@@ -57,7 +57,15 @@ class MaskedLMTask(Task):
         for files in (data.files, data.validation_files):
             if files:
                 text_lines.find_files(list(files))
-        self.objective("plain", 5)  # checks the sizes
+        wanted = self.objective(data.objective, mask_id=4)  # checks the sizes
+        if wanted.permuted and self.trunk.num_token_types < wanted.segments[1]:
+            raise ValueError(
+                f"model.num_token_types={self.trunk.num_token_types}: {data.objective} cuts the "
+                f"text into up to {wanted.segments[1]} segments, each with a token type; raise it "
+                "or choose data.objective=plain."
+            )
+        if data.tokenizer:
+            self.bpe  # noqa: B018  opens and checks it
 
     def objective(self, name: str, mask_id: int) -> MaskedLM:
         """Returns the masking settings of an objective by name."""
@@ -69,7 +77,7 @@ class MaskedLMTask(Task):
             num_masked=data.num_masked,
             clustered=name in ("clustered", "cluster_permuted"),
             permuted=name in ("permuted", "cluster_permuted"),
-            max_segments=max(self.trunk.num_token_types, 32),
+            max_segments=max(self.trunk.num_token_types, MaskedLM.segments[1]),
         )
 
     @functools.cached_property

@@ -11,7 +11,7 @@ import pytest
 
 from jaxmodels.core import params as param_tree
 from jaxmodels.trunks import bert
-from jaxmodels.vcc import VccConfig, VccEncoder
+from jaxmodels.vcc import VccConfig, VccEncoder, compression, encoder
 from tests.vcc import small
 
 
@@ -119,6 +119,19 @@ def test_selection_learns_through_the_gates_alone() -> None:
         a, b = (bar[0]["attention"][name]["kernel"] for _, bar in (learns, blind))
         assert relative(a, b) > 0.01, name
     assert relative(learns[0][0], blind[0][0]) < 1e-5  # forward, the gates are 1
+
+
+def test_gates_scale_what_a_layer_adds_to_each_row() -> None:
+    config = small.trunk(num_layers=1)
+    layer = config.make_layer(encoder.VccLayer, vcc=small.vcc(("vcc",)))
+    params = jax.tree.map(lambda leaf: leaf[0], small.layer_params(config))
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    gate = jax.random.uniform(jax.random.key(1), (2, 9))
+    run = jax.jit(lambda rows: layer.apply({"params": params}, rows, method="encode"))
+    full = run(compression.Rows(x, jnp.ones((2, 9)), jnp.zeros((2, 9))))
+    found = run(compression.Rows(x, gate, jnp.zeros((2, 9))))
+    chex.assert_trees_all_close(found, x + gate[..., None] * (full - x), atol=1e-5)
+    assert relative(full, x) > 0.1
 
 
 def test_random_selection_ignores_scores_and_takes_padding_last() -> None:
