@@ -191,6 +191,8 @@ PRESETS = {
         "batch_size": 64,
         "model.encoder": "dense",
         "model.num_local_layers": 0,
+        "model.num_token_types": 1,
+        "data.objective": "plain",
         "data.num_masked": 616,
     },
 }

@@ -212,7 +212,7 @@ def select(
         share = jax.nn.softmax(scores, axis=-1)
         opened = set_rows(jnp.zeros_like(scores), fine, jnp.ones_like(fine, scores.dtype))
         signed = jnp.where(opened > 0, share, 1.0 - share)
-        gate = 1.0 + signed - jax.lax.stop_gradient(signed)
+        gate = 1.0 + (signed - jax.lax.stop_gradient(signed))  # exactly 1
     return Selection(weights, scores, fine, rest, gate)
 
 

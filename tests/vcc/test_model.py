@@ -51,6 +51,7 @@ def test_presets_have_the_published_number_of_parameters(
                 "model__num_token_types": 1,
                 "model__max_positions": 512,
                 "data__length": 512,
+                "data__objective": "plain",
             },
             406_885_465,
         ),
