@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-SHOWN = 6  # opened blocks whose text is shown, a layer
+SHOWN = 5  # opened blocks whose text is shown, a layer; the answer's block besides
 
 
 def opened_blocks(workdir: Path, index: int = 0) -> dict[str, Any]:
@@ -66,10 +66,12 @@ def to_html(found: dict[str, Any]) -> str:
         parts.append(f"<h3>VCC layer {layer}: {len(opened)} of {len(found['blocks'])} blocks</h3>")
         parts.append(_map(found, set(opened)))
         parts.append("<ol>")
-        for block in opened[:SHOWN]:
+        later = [block for block in opened[SHOWN:] if block == found["answer_block"]]
+        for block in opened[:SHOWN] + later:
             text = html.escape(found["blocks"][block])
             mark = ' class="answer"' if block == found["answer_block"] else ""
-            parts.append(f"<li><span{mark}>block {block}: {text}</span></li>")
+            rank = opened.index(block) + 1
+            parts.append(f'<li value="{rank}"><span{mark}>block {block}: {text}</span></li>')
         parts.append("</ol>")
     return "\n".join(parts)
 

@@ -39,17 +39,16 @@ def image(figure: Any) -> str:
     return f'<img alt="plot" src="data:image/png;base64,{encoded}">'
 
 
-def _axes(columns: int, height: float = 3.4) -> tuple[Any, Any]:
-    import matplotlib
+def _axes(rows: int, columns: int) -> tuple[Any, Any]:
+    """Returns a figure and its axes, row by row."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(5.2 * columns, height))
-    for axis in np.atleast_1d(axes):
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows))
+    axes = figure.subplots(rows, columns).ravel()
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.subplots_adjust(wspace=0.28)
-    return figure, np.atleast_1d(axes)
+    figure.subplots_adjust(wspace=0.28, hspace=0.3)
+    return figure, axes
 
 
 def curve_plots(sides: dict[str, dict[str, Any]]) -> Any:
@@ -58,7 +57,7 @@ def curve_plots(sides: dict[str, dict[str, Any]]) -> Any:
     Args:
       sides: {name: {"title", "curves"}} with curves as of `demo_runs.curves`.
     """
-    figure, axes = _axes(4, height=3.6)
+    figure, axes = _axes(2, 2)
     for axis, (split, against) in zip(
         axes,
         [(split, against) for split in ("train", "validation") for against in ("step", "seconds")],
@@ -76,7 +75,7 @@ def summary_plot(sides: dict[str, dict[str, Any]], lengths: list[dict[str, Any]]
       sides: as for `curve_plots`.
       lengths: rows of `vcc_length.measure_lengths`.
     """
-    figure, axes = _axes(3, height=3.6)
+    figure, axes = _axes(1, 3)
     _curves(axes[0], sides, "validation", "step")
     _curves(axes[1], sides, "validation", "seconds")
     axes[0].legend(frameon=False, fontsize=8)
@@ -88,6 +87,11 @@ def summary_plot(sides: dict[str, dict[str, Any]], lengths: list[dict[str, Any]]
             color=COLOURS[name],
             marker="o",
             markersize=4,
+        )
+        label = {"vcc": "VCC layer", "dense": "dense layer"}[name]
+        end = (rows[-1]["n"], rows[-1]["ms"])
+        axes[2].annotate(
+            label, end, (-6, 6), textcoords="offset points", ha="right", color=COLOURS[name]
         )
     ticks = sorted({row["n"] for row in lengths})
     axes[2].set(xscale="log", yscale="log", xlabel="tokens in the document")

@@ -114,6 +114,7 @@ def sentences(sides: dict[str, dict[str, Any]], costs: dict[str, dict[str, Any]]
         else "nothing measured yet"
     )
     documents = demo_runs.EVALUATION_DOCUMENTS
+    answering = [side["final"]["evaluation_seconds"] for side in (vcc, dense)]
     return [
         f"In the same {steps} steps: VCC {vcc['final']['accuracy']:.1%}, dense "
         f"{dense['final']['accuracy']:.1%} of {documents} held-out documents.",
@@ -121,6 +122,8 @@ def sentences(sides: dict[str, dict[str, Any]], costs: dict[str, dict[str, Any]]
         f"{dense['curves']['train'][-1]['seconds']:.0f} s for all steps.",
         f"A training step at 4,096 tokens: VCC {costs['vcc']['step_ms']:.0f} ms, dense "
         f"{costs['dense']['step_ms']:.0f} ms: {ratio:.1f}x.",
+        f"Answering for {documents} held-out documents: VCC {answering[0]:.1f} s, dense "
+        f"{answering[1]:.1f} s: {answering[1] / answering[0]:.1f}x.",
     ]
 
 

@@ -135,7 +135,7 @@ _QUICKSTART = _ADAMW | {
     "data.name": "pydoc_facts",
     "data.questions": 4,
     "data.train_documents": 1000,
-    "data.validation_documents": 64,
+    "data.validation_documents": 32,
     "data.curriculum_lengths": (64, 512),
     "data.curriculum_groups": (1, 4),
     "data.curriculum_batches": (64, 16),

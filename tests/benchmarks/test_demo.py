@@ -22,7 +22,12 @@ def _side(title: str, accuracy: float, seconds: float) -> dict[str, Any]:
                 for s in steps
             ],
         },
-        "final": {"accuracy": accuracy, "recall_vcc1": 0.5, "recall_vcc2": 0.75},
+        "final": {
+            "accuracy": accuracy,
+            "recall_vcc1": 0.5,
+            "recall_vcc2": 0.75,
+            "evaluation_seconds": seconds / 10,
+        },
         "swaps": {},
     }
 
@@ -58,10 +63,11 @@ def test_the_table_puts_each_number_under_its_head(sides: dict[str, Any]) -> Non
 
 
 def test_dense_in_the_same_seconds_is_its_last_evaluation_before(sides: dict[str, Any]) -> None:
-    steps, seconds, cost = vcc_demo.sentences(sides, COSTS)
+    steps, seconds, cost, answering = vcc_demo.sentences(sides, COSTS)
     assert "same 120 steps: VCC 96.0%, dense 90.0%" in steps
     assert "same 30 s of training: dense had reached 30.0% (step 40" in seconds
     assert "10.0x" in cost
+    assert "VCC 3.0 s, dense 9.0 s: 3.0x" in answering
 
 
 def test_the_report_escapes_text_and_marks_the_opened_blocks() -> None:
