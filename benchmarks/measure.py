@@ -177,8 +177,9 @@ def environment(config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
+    if os.environ.get("XLA_FLAGS"):
+        found["XLA_FLAGS"] = os.environ["XLA_FLAGS"]
     return found if config is None else found | {"config": dict(config)}
 
 

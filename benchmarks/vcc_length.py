@@ -368,9 +368,10 @@ def main() -> None:
         )
         rows += own
         plots.save(length_figure(own), f"{options.out}/{name}_{preset}.png")
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
     result = {
         "question": "how do time, memory and FLOPs of forward + backward grow with the length?",
-        "environment": measure.environment(vars(options)),
+        "environment": measure.environment(settings),
         "rows": rows,
     }
     path = measure.save(name, result, options.out)
