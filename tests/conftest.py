@@ -1,7 +1,10 @@
 """What every test runs under: the CPU by default, a compile cache kept between runs, no leaks."""
 
+# pytest loads tracemalloc to report an error in garbage collection. TFDS imports under a loader of
+# its own, which breaks that where it is the first import; so it is loaded here.
 import os
 import pathlib
+import tracemalloc  # noqa: F401
 from collections.abc import Iterator
 
 # Before jax is imported. JAX_PLATFORMS=cuda (or tpu) runs the same tests on that device.

@@ -54,6 +54,10 @@ def test_what_is_no_tokenizer_is_refused_with_its_path(tmp_path: pathlib.Path) -
     missing, garbage, other = (tmp_path / name for name in ("missing", "garbage", "other"))
     garbage.write_text("{}")
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(other))
-    for path, reason in ((missing, "no tokenizer"), (garbage, "not a tok"), (other, "as ids 0")):
+    for path, reason in (
+        (missing, "no tokenizer"),
+        (garbage, "not a tok"),
+        (other, "first ids"),
+    ):
         with pytest.raises(ValueError, match=f"{path.name}.*{reason}|{reason}.*{path.name}"):
             tokenizer.load(path)
