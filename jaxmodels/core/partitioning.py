@@ -66,9 +66,9 @@ def make_mesh(node: int = -1, device: int = -1, devices: Sequence[Any] | None = 
 
 
 def _groups(devices: Sequence[Any]) -> int:
-    """Number of slices, or of processes where the platform knows no slices."""
+    """Number of slices (all hosts of a TPU slice share its fast links); else of processes."""
     slices = {getattr(d, "slice_index", None) for d in devices}
-    if None not in slices and len(slices) > 1:
+    if None not in slices:
         return len(slices)
     return len({d.process_index for d in devices})
 

@@ -55,11 +55,12 @@ class FactsTask(Task):
                 f"data.questions={config.data.questions} makes {vips} VIP tokens, but "
                 f"model.num_vip={self.vcc.num_vip}; raise num_vip or ask fewer questions."
             )
-        period = self.trunk.max_positions if self.restart is None else self.restart
-        if self.restart is None and config.data.length > period:
+        positions = config.data.length if self.restart is None else self.restart
+        if positions > self.trunk.max_positions:
+            named = "data.length" if self.restart is None else "model.segment_length"
             raise ValueError(
-                f"data.length={config.data.length} exceeds model.max_positions={period}; raise it, "
-                "or restart positions in every segment with model.positions=segment."
+                f"{named}={positions} exceeds model.max_positions={self.trunk.max_positions}; "
+                "raise it, or restart positions in every segment with model.positions=segment."
             )
 
     @property

@@ -36,6 +36,7 @@ EIGHT = [FakeDevice(i) for i in range(8)]
     [
         (-1, -1, None, (2, 4)),  # two processes
         (-1, -1, 4, (4, 2)),  # slices count where the platform knows them
+        (-1, -1, 1, (1, 8)),  # two hosts of one slice share its fast links
         (1, -1, None, (1, 8)),
         (-1, 2, None, (4, 2)),
         (8, 1, None, (8, 1)),
