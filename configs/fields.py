@@ -284,8 +284,66 @@ COMMON: dict[str, Field] = {
         0, "steps between checkpoints; 0: only at the end", non_negative, may_change=True
     ),
     "keep_checkpoints": Field(3, "newest checkpoints kept", positive, may_change=True),
+    "keep_best": Field(
+        0, "checkpoints with the best best_metric, kept besides", non_negative, may_change=True
+    ),
+    "best_metric": Field(
+        None,
+        "what keep_best compares, as EVALUATOR/METRIC",
+        matching(r"[^/\s]+/[^/\s]+", "EVALUATOR/METRIC"),
+        kind=str,
+        may_change=True,
+    ),
+    "best_mode": Field(
+        "max",
+        "whether a good best_metric is large or small",
+        choices=("max", "min"),
+        may_change=True,
+    ),
     "log_every": Field(10, "steps between lines of the log", positive, may_change=True),
-    "init_from": Field(None, "workdir or checkpoint whose weights training starts from", kind=str),
+    "warm_start": Field(
+        None,
+        "workdir or checkpoint whose weights, and nothing else, training starts from",
+        kind=str,
+    ),
+    "on_nonfinite": Field(
+        "stop",
+        "at a loss or gradient that is not finite: stop the run, or skip that update",
+        choices=("stop", "skip"),
+    ),
+    "skip_grad_norm": Field(
+        0.0, "norm of the gradient above which an update is skipped; 0: none is", non_negative
+    ),
+    "on_evaluation_error": Field(
+        "stop",
+        "at an evaluator that fails or gives a number that is not finite: stop, or continue",
+        choices=("stop", "continue"),
+        may_change=True,
+    ),
+    "watchdog_seconds": Field(
+        1800,
+        "seconds without progress after which a hanging run prints its stacks and ends; 0: never",
+        non_negative,
+        may_change=True,
+    ),
+    "profile": Field(
+        0,
+        "steps that jax.profiler traces, soon after this start; 0: none",
+        non_negative,
+        may_change=True,
+    ),
+    "wandb": Field(
+        None, "Weights & Biases project to log to as well; None: none", kind=str, may_change=True
+    ),
+    "distributed.timeout_seconds": Field(
+        300, "seconds that processes wait for one another at the start", positive, may_change=True
+    ),
+    "distributed.heartbeat_seconds": Field(
+        100,
+        "seconds of silence after which a process counts as dead",
+        at_least(10),
+        may_change=True,
+    ),
     "compilation_cache": Field(
         None,
         "folder of compiled programs; None: ~/.cache/jaxmodels/compiled, off: none kept",
@@ -306,6 +364,15 @@ COMMON: dict[str, Field] = {
     ),
     "data.num_workers": Field(
         0, "processes that prepare data; 0: a thread", non_negative, may_change=True
+    ),
+    "data.max_bad_records": Field(
+        0, "distinct bad records left out before the run stops", non_negative, may_change=True
+    ),
+    "data.timeout_seconds": Field(
+        300,
+        "seconds without a batch after which the run ends, naming the worker; 0: never",
+        non_negative,
+        may_change=True,
     ),
     "optimizer.name": Field("adamw", "update rule", choices=("adamw", "adam", "sgd", "adafactor")),
     "optimizer.learning_rate": Field(1e-3, "learning rate at its peak", positive),

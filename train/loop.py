@@ -93,16 +93,16 @@ def _checked_layout(task: Task, config: ConfigDict, mesh: Mesh) -> Layout:
 def _start_state(
     task: Task, config: ConfigDict, mesh: Mesh, plan: Layout, saved: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state and progress; else a fresh state, weights from `init_from`."""
+    """The newest checkpoint's state and progress; else a fresh state, weights from `warm_start`."""
     latest = saved.latest_step()
     if latest is not None:
         return saved.restore(plan, latest)
-    if config.init_from is None:
+    if config.warm_start is None:
         return state_lib.create(task, config, mesh, plan), {}
     try:
-        params, _ = load_params(config.init_from, plan.abstract.params)  # before any compilation
+        params, _ = load_params(config.warm_start, plan.abstract.params)  # before any compilation
     except UsageError as error:
-        raise UsageError(f"init_from={config.init_from}: {error}") from error
+        raise UsageError(f"warm_start={config.warm_start}: {error}") from error
     trainable, frozen = state_lib.split(params, plan.groups)
     state = state_lib.create(task, config, mesh, plan)
     return dataclasses.replace(state, trainable=trainable, frozen=frozen), {}

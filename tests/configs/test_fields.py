@@ -130,5 +130,5 @@ def test_method_names_refused(name):
 
 def test_every_common_field_says_what_it_means():
     assert all(field.meaning for field in COMMON.values())
-    wanted = "seed total_steps batch_size eval_every checkpoint_every log_every init_from"
+    wanted = "seed total_steps batch_size eval_every checkpoint_every log_every warm_start"
     assert set(wanted.split()) | {"mesh.node", "mesh.device", "data.dir"} <= COMMON.keys()

@@ -68,7 +68,7 @@ def test_a_wrong_command_is_one_line_and_status_2(capsys, argv, said):
         (["--config.model.width=13"], "model.width=13 is not a multiple of 2; choose 12 or 14"),
         (["--config.mesh.node=3"], "mesh.node=3 does not divide the 1 devices"),
         (["--config.mesh.node=2", "--config.mesh.device=2"], "1 devices"),
-        (["--config.init_from=/nowhere"], "init_from=/nowhere"),
+        (["--config.warm_start=/nowhere"], "warm_start=/nowhere"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_compiling(capsys, tmp_path, argv, said):

@@ -132,7 +132,7 @@ def test_another_config_in_the_folder_is_refused_with_the_differences(finished, 
 
 def test_weights_alone_start_another_run(finished, tmp_path, monkeypatch):
     settings = SETTINGS | {"total_steps": 1, "optimizer__warmup_steps": 0}
-    config = runs.config(**settings, init_from=str(finished[0]), optimizer__learning_rate=1e-12)
+    config = runs.config(**settings, warm_start=str(finished[0]), optimizer__learning_rate=1e-12)
     train(config, tmp_path / "run", toy_config.FIELDS)
     for path, leaf in weights(finished[0], 20).items():
         np.testing.assert_allclose(weights(tmp_path / "run", 1)[path], leaf, atol=1e-9)
@@ -140,8 +140,8 @@ def test_weights_alone_start_another_run(finished, tmp_path, monkeypatch):
 
 def test_weights_of_another_shape_are_all_listed(finished, tmp_path):
     for place in (finished[0], finished[0] / "checkpoints" / "10"):
-        config = runs.config(init_from=str(place), model__width=32)
-        with pytest.raises(UsageError, match="init_from=") as error:
+        config = runs.config(warm_start=str(place), model__width=32)
+        with pytest.raises(UsageError, match="warm_start=") as error:
             train(config, tmp_path / "run", toy_config.FIELDS)
         text = str(error.value)
         assert "hidden/kernel is float32[64,64], wanted float32[32,32]" in text
