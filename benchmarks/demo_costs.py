@@ -55,7 +55,7 @@ class _Repeated:
         self.program, self.state, self.batch = program, state, batch
 
     def __call__(self) -> Any:
-        self.state, metrics = self.program(self.state, self.batch)
+        self.state, metrics, _ = self.program(self.state, self.batch)
         return metrics
 
 

@@ -66,6 +66,7 @@ def matching(pattern: str, accepted: str) -> Check:
 positive = Check("> 0", lambda value: value > 0)
 non_negative = at_least(0)
 fraction = between(0, 1)
+below_one = Check("0 to below 1", lambda value: 0 <= value < 1)
 inferred_or_positive = Check("-1 (inferred) or > 0", lambda v: v == -1 or v > 0)
 method_name = matching(
     r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
@@ -191,7 +192,7 @@ def _coerce(value: Any, kind: type | None, items: type | None) -> Any:
         return tuple(_coerce(item, items, None) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not kind or (kind is float and math.isnan(value)):
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(value)
     return value
 
@@ -273,7 +274,9 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 COMMON: dict[str, Field] = {
     "method": Field("", "what to train: a folder of jaxmodels/", method_name),
-    "seed": Field(0, "seed of the parameters, of dropout and of the data order", non_negative),
+    "seed": Field(
+        0, "seed of the parameters, of dropout and of the data order", between(0, 2**32 - 1)
+    ),
     "total_steps": Field(1000, "optimiser steps in all", positive, may_change=True),
     "batch_size": Field(32, "examples a step, all devices together", positive),
     "micro_batches": Field(1, "parts a batch is computed in, one after the other", positive),
@@ -333,7 +336,11 @@ COMMON: dict[str, Field] = {
         may_change=True,
     ),
     "wandb": Field(
-        None, "Weights & Biases project to log to as well; None: none", kind=str, may_change=True
+        None,
+        "Weights & Biases project to log to as well; None: none",
+        matching(r"\S+", "a name without spaces"),
+        kind=str,
+        may_change=True,
     ),
     "distributed.timeout_seconds": Field(
         300, "seconds that processes wait for one another at the start", positive, may_change=True

@@ -13,7 +13,17 @@ The roberta_* presets train on --config.data.files=FILE,... (text; jsonl with --
 from ml_collections import ConfigDict
 
 from configs import fields
-from configs.fields import COMMON, Field, at_least, each, fraction, non_negative, one_of, positive
+from configs.fields import (
+    COMMON,
+    Field,
+    at_least,
+    below_one,
+    each,
+    fraction,
+    non_negative,
+    one_of,
+    positive,
+)
 
 KINDS = ("local", "vcc", "dense")
 
@@ -27,8 +37,8 @@ MODEL_FIELDS = {
     "model.num_token_types": Field(128, "rows of the token-type table", positive),
     "model.norm_order": Field("pre", "norm before or after each branch", choices=("pre", "post")),
     "model.norm_eps": Field(1e-5, "epsilon of the layer norms", positive),
-    "model.dropout_rate": Field(0.1, "dropout of embeddings and branches", fraction),
-    "model.attention_dropout_rate": Field(0.1, "dropout of attention weights", fraction),
+    "model.dropout_rate": Field(0.1, "dropout of embeddings and branches", below_one),
+    "model.attention_dropout_rate": Field(0.1, "dropout of attention weights", below_one),
     "model.remat": Field(
         "none",
         "what the backward pass recomputes",

@@ -10,6 +10,7 @@ import importlib.util
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -19,7 +20,8 @@ from ml_collections import ConfigDict
 
 from configs import fields as config_fields
 from configs.fields import FieldError, Fields
-from train.errors import UsageError
+from train.errors import RunError, UsageError
+from train.redact import redact
 
 _OVERRIDE = re.compile(r"--?config\.(?P<name>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -33,6 +35,16 @@ class Flag:
     meaning: str
     default: bool | None = None
     required: bool = False
+
+
+# How the processes of one run find one another; `train.distributed` says when none is needed.
+DISTRIBUTED = (
+    Flag(
+        "coordinator_address", "several processes: HOST:PORT of the first one, where none is found"
+    ),
+    Flag("num_processes", "several processes: how many"),
+    Flag("process_id", "several processes: the number of this one, from 0"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +194,8 @@ def check_sizes(config: ConfigDict, devices: int) -> None:
             f"batch_size={config.batch_size} does not split into micro_batches="
             f"{config.micro_batches} x {devices} devices; nearest: {nearest}"
         )
+    if config.keep_best and config.best_metric is None:
+        raise UsageError(f"keep_best={config.keep_best} needs best_metric=EVALUATOR/METRIC")
     if config.optimizer.warmup_steps > config.total_steps:
         raise UsageError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}: "
@@ -239,14 +253,67 @@ def _shown(value: object) -> str:
     )
 
 
-def run(command: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs a command on this process's arguments and leaves: 0 done, 2 asked for wrongly.
+def start_processes(command: Command, config: ConfigDict | None = None) -> None:
+    """Joins the other processes of this run, where the flags or the environment speak of any.
 
-    Any other exception leaves with Python's own traceback and status 1.
+    Args:
+      command: holds the flags of `DISTRIBUTED`.
+      config: gives the times to wait; None takes their defaults.
+
+    Raises:
+      UsageError: the flags contradict one another.
+      RunError: the others were not found in time.
+    """
+    from train import distributed  # imports jax: only once the command line is known to be good
+
+    times = (config or config_fields.build(config_fields.COMMON, {"method": "any"})).distributed
+    distributed.initialize(
+        command.flags["coordinator_address"],
+        whole_number("num_processes", command.flags["num_processes"]),
+        whole_number("process_id", command.flags["process_id"]),
+        times.timeout_seconds,
+        times.heartbeat_seconds,
+    )
+
+
+def run(command: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a command on this process's arguments and leaves.
+
+    Status 0: done; 1: failed; 2: asked for wrongly, nothing was compiled; 143: stopped by a signal
+    after saving. A failure that has a name is one line; any other keeps Python's traceback.
     """
     try:
         command(sys.argv[1:])
-    except UsageError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    raise SystemExit(0)
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code
+    except (UsageError, RunError) as error:
+        status = _say_error(error)
+    except Exception as error:
+        explained = _explained(error)
+        status = _say_error(explained) if explained else _say_traceback()
+    if "jax" in sys.modules:
+        from train import distributed
+
+        distributed.leave(status)
+    raise SystemExit(status)
+
+
+def _say_error(error: Exception) -> int:
+    """Prints an error with a name as one line; returns the exit status."""
+    print("error: " + redact(" ".join(str(error).split())), file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _say_traceback() -> int:
+    print(redact(traceback.format_exc()), file=sys.stderr, end="")
+    return 1
+
+
+def _explained(error: Exception) -> RunError | None:
+    """What an error of jax means, where that is known: a process that has gone."""
+    if "jax" not in sys.modules:
+        return None
+    from train import distributed
+
+    return distributed.lost_peer(error)

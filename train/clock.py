@@ -9,15 +9,29 @@ class Clock:
     """Counts seconds of training, and apart from them the seconds of named pauses.
 
     Attributes:
-      pauses: {"compile": seconds, "evaluate": ..., "save": ...}; those never entered are absent.
+      pauses: {"start": seconds, "compile": ..., "evaluate": ..., "save": ...}; those never entered
+        are absent.
     """
 
-    def __init__(self, seconds: float = 0.0, pauses: Mapping[str, float] | None = None):
-        """Starts counting, from what an earlier part of the run had counted already."""
+    def __init__(
+        self,
+        seconds: float = 0.0,
+        pauses: Mapping[str, float] | None = None,
+        began: float | None = None,
+    ):
+        """Starts counting, from what an earlier part of the run had counted already.
+
+        Args:
+          seconds: of training, of earlier parts.
+          pauses: of earlier parts.
+          began: a `time.perf_counter()` of the past; what lies between counts as `start`.
+        """
         self.pauses = dict(pauses or {})
         self._before = seconds
         self._began = time.perf_counter()
         self._paused = 0.0
+        if began is not None:
+            self._add("start", self._began - began)
 
     @property
     def seconds(self) -> float:
@@ -33,4 +47,7 @@ class Clock:
         finally:
             spent = time.perf_counter() - start
             self._paused += spent
-            self.pauses[name] = self.pauses.get(name, 0.0) + spent
+            self._add(name, spent)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.pauses[name] = self.pauses.get(name, 0.0) + seconds

@@ -42,6 +42,16 @@ class PerShape:
         self.seconds += time.perf_counter() - start
         self.compilations += 1
 
+    def changed(self, batch: Batch) -> str:
+        """Returns what this batch has other than the one compiled for last; empty for the first."""
+        if not self._programs:
+            return ""
+        before, now = (
+            {name: rest for name, *rest in key} for key in (list(self._programs)[-1], _key(batch))
+        )
+        names = [name for name in now | before if now.get(name) != before.get(name)]
+        return ", ".join(f"{n} {_text(before.get(n))} -> {_text(now.get(n))}" for n in names)
+
     def flops(self, batch: Batch) -> int:
         """FLOPs of one call with a batch of this shape, all devices together."""
         return self._programs[_key(batch)][1]
@@ -60,3 +70,7 @@ def shapes(batch: Batch) -> str:
 
 def _key(batch: Batch) -> tuple[Any, ...]:
     return tuple((name, value.shape, value.dtype) for name, value in batch.items())
+
+
+def _text(array: list[Any] | None) -> str:
+    return "absent" if array is None else f"{array[1].name}{list(array[0])}"

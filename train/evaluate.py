@@ -8,6 +8,7 @@ from train import cli
 FLAGS = (
     cli.Flag("workdir", "folder of the run to evaluate", required=True),
     cli.Flag("step", "step of the checkpoint; the newest unless given"),
+    *cli.DISTRIBUTED,
 )
 USAGE = "python -m train.evaluate --workdir=DIR [--step=N] [--config.NAME=VALUE ...]"
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs one evaluation command line: prints a table, writes `evaluation.json` in the workdir."""
     command = cli.parse(argv, FLAGS, USAGE)
     step = cli.whole_number("step", command.flags["step"])
+    cli.start_processes(command)
     import jax  # only once the command line is known to be good
     from etils import epath
 

@@ -10,6 +10,11 @@ FLAGS = (
     cli.Flag(
         "print_config", "list every field with type, value, default and meaning, then leave", False
     ),
+    cli.Flag(
+        "dry_run", "print shapes, sizes and FLOPs of this run, compile nothing, then leave", False
+    ),
+    cli.Flag("data_reset", "continue on other data than saved, from their beginning", False),
+    *cli.DISTRIBUTED,
 )
 USAGE = "python -m train.main --config=FILE.py:PRESET --workdir=DIR [--config.NAME=VALUE ...]"
 
@@ -21,11 +26,22 @@ def main(argv: Sequence[str]) -> None:
     if command.flags["print_config"]:
         print(cli.describe(config, fields))
         return
+    if command.flags["dry_run"]:
+        from train import compile as compile_lib
+
+        print(compile_lib.dry_run(config, fields))
+        return
     if not command.flags["workdir"]:
         raise cli.UsageError(f"--workdir is missing: {FLAGS[1].meaning}")
-    from train import loop  # imports jax: only once the command line is known to be good
+    from train import loop, signals, storage, tasks, wandb_writer  # import jax, touch no device
 
-    loop.train(config, command.flags["workdir"], fields)
+    workdir = storage.folder(command.flags["workdir"])
+    tasks.load_task(config)
+    wandb_writer.check(config)
+    cli.start_processes(command, config)
+    trained = loop.train(config, workdir, fields, data_reset=command.flags["data_reset"])
+    if trained.stopped_by:
+        raise SystemExit(signals.EXIT_STATUS)
 
 
 if __name__ == "__main__":

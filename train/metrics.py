@@ -22,6 +22,7 @@ class Counters:
       examples: rows.
       tokens: as `Placed.tokens` counts them.
       flops: as `count_flops` counts them.
+      skipped: updates that were left out, see `train.finite`.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class Counters:
     examples: int = 0
     tokens: int = 0
     flops: float = 0.0
+    skipped: int = 0
 
 
 def mean_values(metrics: Metrics) -> dict[str, float]:

@@ -17,6 +17,7 @@ FLAGS = (
         "output", "jsonl file to write: one object a line, in the order of the input", required=True
     ),
     cli.Flag("step", "step of the checkpoint; the newest unless given"),
+    *cli.DISTRIBUTED,
 )
 USAGE = "python -m train.predict --workdir=DIR --input=IN.jsonl --output=OUT.jsonl [--step=N]"
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     output = pathlib.Path(command.flags["output"]).expanduser()
     if not output.parent.is_dir():
         raise UsageError(f"--output={output}: the folder {output.parent} does not exist")
+    cli.start_processes(command)
     import jax  # only once the command line is known to be good
 
     from train.trained import open_run

@@ -17,42 +17,67 @@ from train.optimizer import make_schedule
 from train.state import Layout, TrainState
 
 Tree = Any
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics, jax.Array]]
 
 
 def make_train_step(
     task: Task, config: ConfigDict, mesh: Mesh, plan: Layout | None = None
 ) -> StepFunction:
-    """Returns the jitted step (state, batch) -> (state, metrics); the state given is donated.
+    """Returns the jitted step (state, batch) -> (state, metrics, health); the state is donated.
 
     The batch is computed in `config.micro_batches` parts. Each part's gradient counts by the
     weight of its `loss` metric, so that the sum equals one big batch exactly. The metrics are
     (weighted sum, weight) in float32: the task's own, `grad_norm` (before clipping) and
-    `learning_rate`. The function also lowers from shape structs alone, for compilation without the
-    hardware. Call it under `jax.set_mesh(mesh)`.
+    `learning_rate`. `health` [2 + leaves] float32 holds the mean loss, 1 where the update was
+    skipped, and the squared norm of the gradient of each trainable leaf, in the order of
+    `trainable_paths`. With `config.on_nonfinite` "skip" an update with a loss or gradient that is
+    not finite, and with `config.skip_grad_norm` one with a larger gradient, changes nothing but
+    the step number. The function also lowers from shape structs alone, for compilation without
+    the hardware. Call it under `jax.set_mesh(mesh)`.
 
     Args:
       task: gives the loss.
-      config: gives `micro_batches` and the optimiser.
+      config: gives `micro_batches`, the optimiser and what is skipped.
       mesh: where state and batch lie.
       plan: `state.layout(task, config, mesh)`, where the caller has it already.
     """
     plan = plan or state_lib.layout(task, config, mesh)
     schedule = make_schedule(config)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, jax.Array]:
         rng = jax.random.fold_in(state.rng, state.step)
         parts = _split_batch(batch, config.micro_batches, mesh)
         grads, metrics = _accumulate(task, state, parts, rng, plan)
-        updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.trainable)
-        own = {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        metrics |= {name: (value, 1.0) for name, value in own.items()}
-        trainable = optax.apply_updates(state.trainable, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        squares = [jnp.square(g.astype(jnp.float32)).sum() for g in _leaves(grads)]
+        grad_norm = jnp.sqrt(sum(squares))
+        own = {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        metrics = _as_float32(metrics | {name: (value, 1.0) for name, value in own.items()})
+        total, weight = metrics["loss"]
+        loss = total / jnp.where(weight == 0, 1.0, weight)
+        skipped = _is_skipped(config, loss, grad_norm)
+        if skipped is None:
+            skipped = jnp.zeros((), bool)
+        else:
+            trainable, opt_state = jax.tree.map(
+                lambda old, new: jnp.where(skipped, old, new),
+                (state.trainable, state.opt_state),
+                (trainable, opt_state),
+            )
         new = TrainState(trainable, state.frozen, opt_state, state.step + 1, state.rng)
-        return new, _as_float32(metrics)
+        health = jnp.stack([loss, skipped.astype(jnp.float32), *squares])
+        return new, metrics, health
 
-    shardings = (plan.shardings, partitioning.replicated(mesh))
+    repeated = partitioning.replicated(mesh)
+    shardings = (plan.shardings, repeated, repeated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+
+def trainable_paths(plan: Layout) -> list[str]:
+    """Returns the paths of the trainable leaves in the order of a step's `health`."""
+    return sorted(params_lib.flatten(plan.abstract.trainable))
 
 
 def make_eval_step(evaluator: Evaluator, mesh: Mesh) -> Callable[[Tree, Batch], Metrics]:
@@ -62,6 +87,22 @@ def make_eval_step(evaluator: Evaluator, mesh: Mesh) -> Callable[[Tree, Batch], 
         return _as_float32(evaluator.metrics(params, batch))
 
     return jax.jit(eval_step, out_shardings=partitioning.replicated(mesh))
+
+
+def _leaves(grads: Tree) -> list[jax.Array]:
+    """The leaves in the order of `trainable_paths`."""
+    return [leaf for _, leaf in sorted(params_lib.flatten(grads).items())]
+
+
+def _is_skipped(config: ConfigDict, loss: jax.Array, grad_norm: jax.Array) -> jax.Array | None:
+    """Whether to leave out this update, bool []; None where the config never asks for that."""
+    skipped = None
+    if config.on_nonfinite == "skip":
+        skipped = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    if config.skip_grad_norm:
+        large = grad_norm > config.skip_grad_norm
+        skipped = large if skipped is None else skipped | large
+    return skipped
 
 
 def _split_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
@@ -94,7 +135,8 @@ def _accumulate(
     def gradient(index: jax.Array, batch: Batch) -> tuple[Tree, Metrics]:
         def objective(trainable: Tree) -> tuple[jax.Array, Metrics]:
             params = params_lib.merge(trainable, state.frozen)
-            mean, metrics = task.loss(params, batch, jax.random.fold_in(rng, index))
+            with jax.named_scope("loss"):
+                mean, metrics = task.loss(params, batch, jax.random.fold_in(rng, index))
             weight = jax.lax.stop_gradient(jnp.asarray(metrics["loss"][1], jnp.float32))
             return mean * weight, _as_float32(metrics)
 

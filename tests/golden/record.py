@@ -50,7 +50,7 @@ def losses(config: ConfigDict, task: Task, steps: int = STEPS) -> tuple[list[flo
         step = PerShape(make_train_step(task, config, mesh))
         with contextlib.closing(Prefetcher(task.datasets("train"), mesh)) as batches:
             for _ in range(steps):
-                state, metrics = step(state, next(batches).batch)
+                state, metrics, _ = step(state, next(batches).batch)
                 total, weight = metrics["loss"]
                 found.append(float(total) / float(weight))
     return found, step.compilations

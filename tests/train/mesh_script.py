@@ -37,7 +37,7 @@ def few_steps(node: int, device: int, parts: int) -> dict[str, Any]:
         with contextlib.closing(Prefetcher(task.datasets("train"), mesh)) as batches:
             for _ in range(5):
                 placed = next(batches)
-                state, metrics = step(state, placed.batch)
+                state, metrics, _ = step(state, placed.batch)
                 losses.append([float(total / weight) for total, weight in metrics.values()])
     moment = next(s for s in jax.tree.leaves(state.opt_state) if s.shape == (64, 64))
     return {

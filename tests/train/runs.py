@@ -32,6 +32,16 @@ def curve(workdir: pathlib.Path) -> dict[int, tuple[float, ...]]:
     return {r["step"]: (r["loss"], r["accuracy"], r["grad_norm"]) for r in lines(workdir)}
 
 
+def steps_saved(workdir: pathlib.Path) -> list[int]:
+    """The steps that have a folder of their own among the checkpoints, whole or not."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def is_whole(workdir: pathlib.Path, step: int) -> bool:
+    """Whether a checkpoint has its manifest, which is written last."""
+    return (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+
+
 def python(
     *arguments: str, devices: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:

@@ -161,7 +161,7 @@ def test_missing_and_unexpected_leaves_are_listed(finished):
 def test_a_checkpoint_of_another_optimiser_is_refused(finished, tmp_path):
     workdir = cut(finished, tmp_path)
     (workdir / "config.json").unlink()
-    with pytest.raises(UsageError, match="checkpoint 10, training.*opt_state/.*mu"):
+    with pytest.raises(UsageError, match="checkpoint 10 .*training is of.*opt_state/.*mu"):
         config = runs.config(**SETTINGS, optimizer__name="sgd")
         train(config, workdir, toy_config.FIELDS)
 
@@ -186,6 +186,35 @@ def test_another_pipeline_is_refused_naming_both(finished, tmp_path, monkeypatch
     monkeypatch.setattr(toy.ToyTask, "datasets", marked(2))
     with pytest.raises(UsageError, match=r"was \{'version': 1\}, now it is \{'version': 2\}"):
         train(runs.config(total_steps=5), workdir, toy_config.FIELDS)
+
+
+def test_data_reset_goes_on_with_other_data_from_their_beginning(finished, tmp_path, capsys):
+    workdir = cut(finished, tmp_path)
+    config = runs.config(**SETTINGS, data__examples=128)
+    with pytest.raises(UsageError, match="data.examples 256 -> 128"):
+        train(config, workdir, toy_config.FIELDS)
+    trained = train(config, workdir, toy_config.FIELDS, data_reset=True)
+    said = capsys.readouterr().out
+    assert trained.step == 20 and "data.examples 256 -> 128" in said
+    assert "--data_reset: the data start from their beginning" in said
+    whole = runs.curve(finished[0])
+    assert runs.curve(workdir)[11] != whole[11]
+    longer = runs.config(**SETTINGS, data__examples=128, total_steps=22)
+    train(longer, workdir, toy_config.FIELDS, data_reset=True)  # the same command, given again
+    assert "start from their beginning" not in capsys.readouterr().out
+    with pytest.raises(UsageError, match="model.width 64 -> 32"):
+        changed = runs.config(**SETTINGS, model__width=32)
+        train(changed, workdir, toy_config.FIELDS, data_reset=True)
+
+
+def test_the_last_line_says_where_the_time_went(finished, tmp_path, capsys):
+    workdir = cut(finished, tmp_path)
+    train(runs.config(**SETTINGS), workdir, toy_config.FIELDS)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("done at step 20 after ")
+    shares = dict(part.rsplit(" ", 1) for part in last.split("(")[1].rstrip(")").split(", "))
+    assert set(shares) == {"steps", "input", "start", "compile", "evaluate", "save"}
+    assert 97 <= sum(int(share.rstrip("%")) for share in shares.values()) <= 103
 
 
 def test_data_that_end_too_soon_are_reported(tmp_path):

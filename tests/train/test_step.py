@@ -53,7 +53,7 @@ def test_micro_batches_of_unequal_weight_equal_one_big_batch(mesh, parts):
             mesh, micro_batches=count, model__dropout=0.0, optimizer__name="sgd"
         )
         ends[count] = step(state, batch)
-    (one, first), (many, second) = ends[1], ends[parts]
+    (one, first, _), (many, second, _) = ends[1], ends[parts]
     for path, leaf in params_lib.flatten(one.params).items():
         np.testing.assert_allclose(
             params_lib.flatten(many.params)[path], leaf, rtol=1e-6, atol=1e-7, err_msg=path
@@ -78,7 +78,7 @@ def test_a_batch_of_padding_moves_nothing_and_makes_no_nan(mesh):
 
     task = Padded(runs.config(model__dropout=0.0))
     config = runs.config(micro_batches=2, optimizer__weight_decay=0.0)
-    after, metrics = make_train_step(task, config, mesh)(state, batch)
+    after, metrics, _ = make_train_step(task, config, mesh)(state, batch)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after.params))
     assert float(metrics["grad_norm"][0]) == 0.0
 
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_whole_batch(mesh):
     batch = batch_of(mesh)
     grads = jax.grad(lambda p: task.loss(p, batch, state.rng)[0])(state.params)
     wanted = float(jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))))
-    _, metrics = step(state, batch)
+    _, metrics, _ = step(state, batch)
     assert values(metrics)["grad_norm"] == pytest.approx(wanted, rel=1e-6)
     assert values(metrics)["learning_rate"] == pytest.approx(0.01 / 4)
 
@@ -108,7 +108,7 @@ def test_frozen_leaves_stay_and_have_no_optimiser_slot(mesh):
     ]
     assert scatters[0] == scatters[1] - 1  # the gradient of the embedding is not even computed
     for _ in range(2):
-        state, _ = step(state, batch_of(mesh))
+        state, *_ = step(state, batch_of(mesh))
     np.testing.assert_array_equal(state.frozen["embedding"]["table"], frozen)
     assert (np.asarray(state.trainable["hidden"]["kernel"]) != trained).any()
     assert plan.groups["embedding/table"] == "frozen"
@@ -135,7 +135,7 @@ def test_the_step_compiles_once_a_shape_and_moves_nothing_by_itself(mesh):
     batches = [batch_of(mesh, length=length, seed=i) for i, length in enumerate(lengths)]
     with jax.transfer_guard("disallow"):
         for batch in batches:
-            state, metrics = steps(state, batch)
+            state, metrics, _ = steps(state, batch)
     assert steps.compilations == 2
     assert steps.flops(batches[0]) > 0
     assert int(state.step) == 5 and np.isfinite(values(metrics)["loss"])
@@ -155,7 +155,7 @@ def test_random_numbers_differ_by_step_and_repeat_by_seed(mesh):
     def losses():
         state, found = state_lib.create(task, config, mesh, plan), []
         for _ in range(3):
-            state, metrics = step(state, batch)
+            state, metrics, _ = step(state, batch)
             found.append(values(metrics)["loss"])
         return found
 

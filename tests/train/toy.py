@@ -53,6 +53,56 @@ class _Grow(grain.MapDataset):
         return batch | {k: batch[k][:, :half] for k in ("input_ids", "attention_mask")}
 
 
+def _own_share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This process's rows of a global batch: the processes lie one after the other in it."""
+    rows = len(batch["label"]) // jax.process_count()
+    start = rows * jax.process_index()
+    return {name: value[start : start + rows] for name, value in batch.items()}
+
+
+class _Share(grain.MapDataset):
+    """This process's rows of each batch."""
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return _own_share(self._parent[index])
+
+
+class _Poison(grain.MapDataset):
+    """Spoils the training batch of one step, in the way that `kind` names."""
+
+    def __init__(self, parent: Any, kind: str, step: int):
+        super().__init__(parent)
+        self._kind, self._step = kind, step
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch = self._parent[index]
+        rows = len(batch["label"])
+        scale, slope = np.ones(rows, np.float32), np.ones(rows, np.float32)
+        if index + 1 == self._step:
+            value = 3000.0 if self._kind == "spike" else np.inf if self._kind == "inf" else np.nan
+            # micro: one of two parts; device: the last of eight; leaf: the loss stays as it was
+            part = {"micro": slice(1, None, 2), "device": slice(rows - rows // 8, None)}
+            (slope if self._kind == "leaf" else scale)[part.get(self._kind, slice(None))] = value
+        return batch | {"scale": scale, "slope": slope}
+
+
+@jax.custom_vjp
+def _spoiled(x: jax.Array, slope: jax.Array) -> jax.Array:
+    """Returns x; its gradient is multiplied by the mean of `slope`."""
+    return x
+
+
+_spoiled.defvjp(
+    lambda x, slope: (x, slope), lambda slope, g: (g * slope.mean(), jnp.zeros_like(slope))
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ToyTask(Task):
     """The classifier; `config.model` holds its sizes and what each test wants of it."""
@@ -97,12 +147,16 @@ class ToyTask(Task):
             keep = jax.random.bernoulli(rng, 1 - self.config.model.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.config.model.dropout), 0)
         x = jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-        return x @ params["out"]["kernel"] + params["out"]["bias"]
+        bias = params["out"]["bias"]
+        if "slope" in batch:
+            bias = _spoiled(bias, batch["slope"])
+        return x @ params["out"]["kernel"] + bias
 
     def metrics(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> Metrics:
         """Weighted sums of the loss and of the hits."""
         log_p = jax.nn.log_softmax(self.logits(params, batch, rng))
         loss = -jnp.take_along_axis(log_p, batch["label"][:, None], 1)[:, 0]
+        loss = loss * batch.get("scale", 1.0)
         hit = log_p.argmax(-1) == batch["label"]
         weight = batch["weight"]
         return {
@@ -122,14 +176,17 @@ class ToyTask(Task):
         rows = rows.seed(seed).shuffle()
         rows = rows if data.repeat == 0 else rows.repeat(data.repeat)
         rows = _Grow(rows.batch(self.config.batch_size, drop_remainder=True), data.half_steps)
-        return rows.to_iter_dataset()
+        if self.config.model.poison:
+            rows = _Poison(rows, self.config.model.poison, self.config.model.poison_step)
+        return _Share(rows).to_iter_dataset()
 
     def evaluators(self) -> dict[str, Evaluator]:
         def batches() -> Any:
             rows, size = examples(27, self.config.data.length, 99), self.config.batch_size
             rows += [rows[0] | {"weight": np.float64(0)}] * (-len(rows) % size)  # padding
             for i in range(0, len(rows), size):
-                yield {k: np.stack([row[k] for row in rows[i : i + size]]) for k in rows[0]}
+                batch = {k: np.stack([row[k] for row in rows[i : i + size]]) for k in rows[0]}
+                yield _own_share(batch)
 
         return {"valid": Evaluator(batches, self.metrics)}
 

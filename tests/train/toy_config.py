@@ -11,6 +11,8 @@ FIELDS = COMMON | {
     "model.width": Field(64, "width of every layer", positive),
     "model.dropout": Field(0.1, "share of values dropped"),
     "model.frozen": Field("", "beginning of the paths that stay as they are"),
+    "model.poison": Field("", "what is spoilt in the batch of `poison_step`: see toy.py"),
+    "model.poison_step": Field(7, "the step whose batch is spoilt"),
     "data.length": Field(8, "longest sequence", positive),
     "data.examples": Field(256, "training examples", positive),
     "data.repeat": Field(100, "times they are gone through"),

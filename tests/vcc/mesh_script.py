@@ -41,7 +41,7 @@ def losses(node: int, device: int, data_dir: str) -> dict[str, object]:
         step = make_train_step(task, config, mesh, plan)
         with contextlib.closing(Prefetcher(task.datasets("train"), mesh)) as batches:
             for _ in range(4):
-                state, metrics = step(state, next(batches).batch)
+                state, metrics, _ = step(state, next(batches).batch)
                 found.append(float(metrics["loss"][0] / metrics["loss"][1]))
     table = params_lib.flatten(state.trainable)["trunk/embeddings/word/embedding"]
     return {"losses": found, "rows": table.sharding.shard_shape(table.shape)[0]}
