@@ -1,23 +1,31 @@
 """Batches by number: `batches[t]` is batch t, whoever asks and whenever."""
 
 import functools
-import logging
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmodels.data import records
-
-_LOG = logging.getLogger(__name__)
+from jaxmodels.data.bad_records import BadRecord, check_count
 
 # Stands for "no end": grain slices and adds to lengths, which must stay below sys.maxsize.
 _ENDLESS = 2**60
 
 
+class Made(NamedTuple):
+    """A batch, and the bad records that were left out of it."""
+
+    batch: records.Example
+    bad: tuple[BadRecord, ...]
+
+
 class TrainBatches:
-    """The shuffled global batches of several stages; `[t]` gives one process's rows of batch t."""
+    """The shuffled global batches of several stages; `[t]` gives one process's rows of batch t.
+
+    Attributes:
+      left_out: bad records that the sources themselves left out.
+    """
 
     def __init__(
         self, stages: Sequence[Any], seed: int, process: tuple[int, int], max_bad_records: int
@@ -45,6 +53,7 @@ class TrainBatches:
             self._readers.append(_Reader(stage, number, seed, process, max_bad_records))
             steps = _ENDLESS if stage.steps is None else stage.steps
             self._ends.append(steps + (self._ends[-1] if self._ends else 0))
+        self.left_out = _left_out([stage.source for stage in stages])
 
     def __len__(self) -> int:
         """Returns the number of batches."""
@@ -52,20 +61,51 @@ class TrainBatches:
 
     def __getitem__(self, number: int) -> records.Example:
         """Returns this process's rows of global batch `number`."""
+        return self.make(number).batch
+
+    def make(self, number: int) -> Made:
+        """Returns this process's rows of global batch `number`, and what was left out of them.
+
+        Raises:
+          RecordError: more bad records in this one batch than are allowed in all.
+        """
         stage = next(s for s, end in enumerate(self._ends) if number < end)
         reader = self._readers[stage]
         first = (number - (self._ends[stage - 1] if stage else 0)) * reader.batch_size
-        return reader.rows(range(first + reader.start, first + reader.stop))[0]
+        batch, _, bad = reader.rows(range(first + reader.start, first + reader.stop))
+        return Made(batch, bad)
+
+    def shapes(self) -> list[tuple[int | None, dict[str, tuple[tuple[int, ...], np.dtype]]]]:
+        """Returns (steps, {name: (shape of the global batch, dtype)}) of each stage; None: no end.
+
+        Nothing is read: every stage has read its first record already.
+        """
+        starts = [0, *self._ends]
+        return [
+            (
+                None if end >= _ENDLESS else end - start,
+                {
+                    name: ((reader.batch_size, *np.shape(value)), np.asarray(value).dtype)
+                    for name, value in reader.first.items()
+                },
+            )
+            for reader, start, end in zip(self._readers, starts, self._ends, strict=False)
+        ]
 
 
 class EvalBatches:
-    """Every record once, in order, with `weight`; the last batch is filled up with copies."""
+    """Every record once, in order, with `weight`; the last batch is filled up with copies.
+
+    Attributes:
+      left_out: bad records that the source itself left out.
+    """
 
     def __init__(
         self, stage: Any, seed: int, process: tuple[int, int], max_bad_records: int
     ) -> None:
         """Arguments and errors as of `TrainBatches`, with one stage."""
         self._reader = _Reader(stage, 0, seed, process, max_bad_records, shuffle=False)
+        self.left_out = _left_out([stage.source])
         if "weight" in self._reader.first:
             raise ValueError(
                 "the examples already have a field 'weight', which marks filled-up rows here: "
@@ -78,10 +118,15 @@ class EvalBatches:
 
     def __getitem__(self, number: int) -> records.Example:
         """Returns this process's rows of batch `number`."""
+        return self.make(number).batch
+
+    def make(self, number: int) -> Made:
+        """As `TrainBatches.make`, of batch `number` of the evaluation."""
         reader = self._reader
         places = number * reader.batch_size + np.arange(reader.start, reader.stop)
-        batch, good = reader.rows(np.minimum(places, reader.records - 1).tolist())
-        return batch | {"weight": (good & (places < reader.records)).astype(np.float32)}
+        batch, good, bad = reader.rows(np.minimum(places, reader.records - 1).tolist())
+        weight = (good & (places < reader.records)).astype(np.float32)
+        return Made(batch | {"weight": weight}, bad)
 
 
 class _Reader:
@@ -114,27 +159,40 @@ class _Reader:
         self._source, self._transform = stage.source, stage.transform
         self._order = _Order(self.records, (seed, number)) if shuffle else None
         self._key = (seed, number)
-        self._bad = _BadRecords(max_bad_records)
+        self._max_bad_records = max_bad_records
         self.first = self._first_good()
 
-    def rows(self, places: Sequence[int]) -> tuple[records.Example, np.ndarray]:
-        """Stacks the examples at the given places; also returns which are not replacements."""
-        found = [self._example(*divmod(place, self.records)) for place in places]
-        batch = {name: np.stack([example[name] for example, _ in found]) for name in self.first}
-        return batch, np.asarray([good for _, good in found])
+    def rows(
+        self, places: Sequence[int]
+    ) -> tuple[records.Example, np.ndarray, tuple[BadRecord, ...]]:
+        """Returns the stacked examples of places, which are no replacements, and the bad records.
 
-    def _example(self, epoch: int, position: int) -> tuple[records.Example, bool]:
+        A bad record is replaced by the next good one of its epoch.
+        """
+        bad: dict[int, BadRecord] = {}
+        found = [self._example(*divmod(place, self.records), bad) for place in places]
+        batch = {name: np.stack([example[name] for example, _ in found]) for name in self.first}
+        return batch, np.asarray([good for _, good in found]), tuple(bad.values())
+
+    def _example(
+        self, epoch: int, position: int, bad: dict[int, BadRecord]
+    ) -> tuple[records.Example, bool]:
         """Returns (example, True); for a bad record (the next good one of its epoch, False)."""
         for skipped in range(self.records):
             index = self._record_at(epoch, (position + skipped) % self.records)
             try:
                 example = self._read(epoch, index)
-                where = f"record {index} of {records.describe_briefly(self._source)}"
+                where = functools.partial(records.name_record, self._source, index)
                 records.check_like(example, self.first, where)
                 return example, not skipped
             except records.RecordError as error:
-                self._bad.count(index, error)
-        raise records.RecordError(f"{records.describe_briefly(self._source)} has no good record")
+                self._note(bad, index, error)
+        raise self._nothing_good()
+
+    def _note(self, bad: dict[int, BadRecord], index: int, error: records.RecordError) -> None:
+        """Notes a bad record; raises where these alone are too many, so as not to read on."""
+        bad[index] = BadRecord(self._key[1], index, str(error))
+        check_count(len(bad), self._max_bad_records, str(error))
 
     def _record_at(self, epoch: int, position: int) -> int:
         return position if self._order is None else self._order.record(epoch, position)
@@ -145,12 +203,17 @@ class _Reader:
 
     def _first_good(self) -> records.Example:
         """The example of the lowest record that has one: what all others must look like."""
+        bad: dict[int, BadRecord] = {}
         for index in range(self.records):
             try:
                 return self._read(0, index)
             except records.RecordError as error:
-                self._bad.count(index, error)
-        raise records.RecordError(f"{records.describe_briefly(self._source)} has no good record")
+                self._note(bad, index, error)
+        raise self._nothing_good()
+
+    def _nothing_good(self) -> records.RecordError:
+        name = records.describe_briefly(self._source)
+        return records.RecordError(f"{name} has no good record")
 
 
 class _Order:
@@ -179,39 +242,9 @@ class _Order:
         self.__init__(*state)
 
 
-class _BadRecords:
-    """Counts distinct bad records, logs each once, and stops above the limit."""
-
-    def __init__(self, limit: int, seen: frozenset[int] = frozenset()) -> None:
-        self._limit = limit
-        self._seen = set(seen)
-        self._lock = threading.Lock()
-
-    def count(self, index: int, error: records.RecordError) -> None:
-        """Counts a bad record.
-
-        Raises:
-          RecordError: there are now more than the limit.
-        """
-        with self._lock:
-            new = index not in self._seen
-            self._seen.add(index)
-            if len(self._seen) > self._limit:
-                if not self._limit:
-                    raise error
-                raise records.RecordError(
-                    f"more than max_bad_records={self._limit} bad records; the last: {error}"
-                ) from error
-        if new:
-            _LOG.warning(
-                "bad record %d of at most %d left out: %s", len(self._seen), self._limit, error
-            )
-
-    def __getstate__(self) -> tuple[int, frozenset[int]]:
-        return self._limit, frozenset(self._seen)
-
-    def __setstate__(self, state: tuple[int, frozenset[int]]) -> None:
-        self.__init__(*state)
+def _left_out(sources: Sequence[Any]) -> int:
+    """Bad records that sources left out when they were opened; a source given twice counts once."""
+    return sum(getattr(source, "left_out", 0) for source in {id(s): s for s in sources}.values())
 
 
 def _generator(key: tuple[int, ...]) -> np.random.Generator:

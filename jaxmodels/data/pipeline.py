@@ -11,11 +11,14 @@ processes, hosts or prefetched batches, and in any version of grain.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from jaxmodels.data import bad_records
 from jaxmodels.data import batches as batches_lib
-from jaxmodels.data.records import Transform, describe_source, describe_transform
+from jaxmodels.data.fingerprints import describe_source, describe_transform
+from jaxmodels.data.records import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +52,12 @@ class PipelineOptions:
     """How batches are prepared; nothing here changes what is in them.
 
     Attributes:
-      num_workers: processes that prepare batches; 0 prepares them in a thread of this process.
-      prefetch: batches that the thread, or each worker, keeps ready.
+      num_workers: processes that prepare batches; 0: the thread that asks for a batch makes it (the
+        trainer asks ahead, in a thread of its own).
+      prefetch: batches that each worker keeps ready.
       process_index, process_count: this process among those that train together; None asks jax.
-      max_bad_records: distinct records that may fail (each is logged, and the next one of the same
-        epoch takes its place); one more raises. Counted per worker.
+      max_bad_records: distinct records that may fail (each is logged once, and the next one of the
+        same epoch takes its place); one more raises. The count is part of the iterator's state.
     """
 
     num_workers: int = 0
@@ -85,6 +89,15 @@ class PipelineOptions:
                 f"process_index={index} of process_count={count}: 0 to {count - 1} are accepted"
             )
         return index, count
+
+
+def options_from(data: Any) -> PipelineOptions:
+    """Returns the options that a config's group `data` asks for.
+
+    Args:
+      data: has `num_workers` and `max_bad_records`, as every preset's `config.data`.
+    """
+    return PipelineOptions(num_workers=data.num_workers, max_bad_records=data.max_bad_records)
 
 
 def train_batches(
@@ -187,10 +200,53 @@ def fingerprint(
     return found
 
 
+def merged_state(states: Sequence[Any]) -> Any:
+    """Returns the state from which every process may continue, given those of all processes.
+
+    Processes read different records, so each has met bad records of its own; all else is equal.
+
+    Args:
+      states: of the iterators of all processes after the same batch.
+
+    Raises:
+      ValueError: the states differ in more than their bad records.
+    """
+    first = states[0]
+    if all(state == first for state in states):
+        return first
+    if not all(isinstance(state, dict) and "bad_records" in state for state in states):
+        raise ValueError(f"the processes are at different places in the data: {list(states)}")
+    rest = [{k: v for k, v in state.items() if k != "bad_records"} for state in states]
+    if any(each != rest[0] for each in rest):
+        raise ValueError(f"the processes are at different places in the data: {rest}")
+    return first | {"bad_records": bad_records.union([s["bad_records"] for s in states])}
+
+
+def what_is_lost(state: Any) -> str:
+    """Returns, for people, what starting the data anew at batch 0 gives up.
+
+    Args:
+      state: of an iterator, as a checkpoint holds it (a dict, or its JSON text).
+    """
+    state = json.loads(state) if isinstance(state, str) else state
+    if not isinstance(state, dict) or "next_batch" not in state:
+        return "the saved place in the data is given up: examples seen before may be seen again"
+    bad = len(state.get("bad_records", "").split())
+    more = f", and {bad} bad records are counted anew" if bad else ""
+    return (
+        f"the saved place in the data (batch {state['next_batch']}) is given up: the new data "
+        f"starts at its batch 0, so examples seen before may be seen again{more}"
+    )
+
+
 def _dataset(made: Any, identity: dict[str, Any], options: PipelineOptions) -> Any:
     """Wraps random-access batches for grain; grain itself is loaded only here."""
     from jaxmodels.data import grain_stream
 
     return grain_stream.BatchStream(
-        made, identity, num_workers=options.num_workers, prefetch=options.prefetch
+        made,
+        identity,
+        num_workers=options.num_workers,
+        prefetch=options.prefetch,
+        max_bad_records=options.max_bad_records,
     )

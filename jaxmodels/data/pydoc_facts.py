@@ -83,10 +83,16 @@ class FactsSource:
     `fact_positions [facts]` (see `facts_documents.generate`).
     """
 
-    def __init__(self, records: Any, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, records: Any, fingerprint: dict[str, Any], folder: str = "") -> None:
         """Wraps what `tfds.data_source` gives; `fingerprint` as of `source_fingerprint`."""
         self._records = records
+        self._folder = folder
         self.fingerprint = fingerprint
+
+    def where(self, index: int) -> str:
+        """Returns the folder that holds document `index`."""
+        del index
+        return self._folder
 
     def __len__(self) -> int:
         """Returns the number of documents."""
@@ -141,7 +147,7 @@ def load(
         )
     folder, manifest = _prepare(Path(data_dir) / NAME, config)
     records = _quietly_open(folder).as_data_source(split)
-    return FactsSource(records, _fingerprint(config, manifest, split))
+    return FactsSource(records, _fingerprint(config, manifest, split), str(folder))
 
 
 def vocabulary(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.data import cache_folder, tokenizer
+from jaxmodels.data import bad_records, cache_folder, tokenizer
 
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 DOCUMENTS = ("line", "paragraph", "file")
@@ -31,9 +31,19 @@ class TextDocuments:
     """Random access to documents: `{"text": str, "file": str, "line": int}`.
 
     The files are read once to find and check the documents; only their places stay in memory.
+
+    Attributes:
+      left_out: bad documents that were left out.
     """
 
-    def __init__(self, files: Files, field: str | None = None, document: str = "line") -> None:
+    def __init__(
+        self,
+        files: Files,
+        field: str | None = None,
+        document: str = "line",
+        *,
+        max_bad_records: int = 0,
+    ) -> None:
         """Finds the documents.
 
         Args:
@@ -41,15 +51,17 @@ class TextDocuments:
           field: field of the text in .jsonl files; None means "text".
           document: what a document of a plain text file is: a "line", a "paragraph" (lines up to an
             empty one) or the whole "file". Empty ones are left out.
+          max_bad_records: documents that may be invalid; each is logged and left out.
 
         Raises:
-          TextError: no such file, no text in one, invalid UTF-8, or a line of a .jsonl file that is
-            no JSON object or lacks the field.
+          TextError: no such file, no text in one, or more invalid documents than allowed: invalid
+            UTF-8, or a line of a .jsonl file that is no JSON object or lacks the field.
         """
         if document not in DOCUMENTS:
             raise TextError(f"document={document!r}: accepted are {', '.join(DOCUMENTS)}")
         self.files = find_files(files)
         self.field, self.document = field or "text", document
+        self.left_out, self._max_bad_records = 0, max_bad_records
         self.files_sha256 = [cache_folder.sha256(path) for path in self.files]
         places: list[tuple[int, int, int, int]] = []
         for number in range(len(self.files)):
@@ -87,6 +99,11 @@ class TextDocuments:
             text = _text(file.read(stop - start), path, line, self.field)
         return {"text": text, "file": str(path), "line": line}
 
+    def where(self, index: int) -> str:
+        """Returns file and line of document `index`."""
+        number, _, _, line = self._places[index].tolist()
+        return f"{self.files[number]}, line {line}"
+
     def __repr__(self) -> str:
         """Returns a short description."""
         more = f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""
@@ -99,11 +116,26 @@ class TextDocuments:
         found = [
             (number, start, start + len(raw), line)
             for start, line, raw in _units(path, unit)
-            if _text(raw, path, line, self.field).strip()
+            if self._has_text(raw, path, line)
         ]
         if not found:
             raise TextError(f"{path}: there is no text in it; leave the file out or give another")
         return found
+
+    def _has_text(self, raw: bytes, path: Path, line: int) -> bool:
+        """Whether a document is to be kept; of a bad one, notes that it is left out."""
+        try:
+            return bool(_text(raw, path, line, self.field).strip())
+        except TextError as error:
+            self.left_out += 1
+            if self.left_out <= self._max_bad_records:
+                bad_records.log(self.left_out, self._max_bad_records, str(error))
+                return False
+            if not self._max_bad_records:
+                raise
+            raise TextError(
+                f"more than max_bad_records={self._max_bad_records} bad records; the last: {error}"
+            ) from error
 
 
 class TextWindows:

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxmodels.core import params as param_tree
 from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
-from jaxmodels.data import folders, pipeline, pydoc_facts
+from jaxmodels.data import checks, folders, pipeline, pydoc_facts
+from jaxmodels.data.facts_text import VALUES
 from jaxmodels.vcc import initialization, losses, settings
 from jaxmodels.vcc.inputs import check_inputs
 from jaxmodels.vcc.model import gather_tokens
@@ -158,7 +159,7 @@ class FactsTask(Task):
 
     def datasets(self, split: str) -> Any:
         """See `Task.datasets`: "train" runs through the curriculum, then stays at full length."""
-        options = pipeline.PipelineOptions(num_workers=self.config.data.num_workers)
+        options = pipeline.options_from(self.config.data)
         if split != "train":
             return self._evaluation(options)
         stages = [
@@ -177,15 +178,27 @@ class FactsTask(Task):
     def _example(self, record: dict[str, Any], rng: Any) -> dict[str, np.ndarray]:
         """Picks and checks the fields of a document."""
         del rng
+        length = len(checks.check_field(record, "input_ids", shape=(None,)))
+        highest = {"input_ids": self.trunk.vocab_size - 1, "answers": len(VALUES) - 1}
+        kept = {
+            name: checks.check_field(
+                record, name, kinds="biu", low=0, high=highest.get(name, length - 1)
+            ).astype(np.int32)
+            for name in FIELDS
+        }
         mask, vip = check_inputs(
-            record["attention_mask"], record["vip_mask"], self.vcc.num_vip, self.vcc.overflow
+            kept["attention_mask"], kept["vip_mask"], self.vcc.num_vip, self.vcc.overflow
         )
-        kept = {name: np.asarray(record[name], np.int32) for name in FIELDS}
         return kept | {"attention_mask": mask, "vip_mask": vip}
 
     def evaluators(self) -> dict[str, Evaluator]:
         """Accuracy on held-out topics, and recall of the answer's block by layer."""
-        return {"validation": Evaluator(lambda: self.datasets("validation"), self.metrics)}
+        # One data set for all evaluations: its files are checked, and a bad record logged, once.
+        return {"validation": Evaluator(lambda: self._validation, self.metrics)}
+
+    @functools.cached_property
+    def _validation(self) -> Any:
+        return self.datasets("validation")
 
     def predict(self, params: Params, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers questions about documents.

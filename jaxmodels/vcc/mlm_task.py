@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmodels.core import params as param_tree
 from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
-from jaxmodels.data import cache_folder, folders, pipeline, text_lines, tokenizer
+from jaxmodels.data import cache_folder, checks, folders, pipeline, text_lines, tokenizer
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import initialization, losses, settings
 from jaxmodels.vcc.inputs import check_inputs
@@ -87,7 +87,7 @@ class MaskedLMTask(Task):
         if data.tokenizer:
             return Path(data.tokenizer).expanduser()
         path = text_lines.train_tokenizer(
-            self._documents(data.files),
+            self._train_documents,
             data_dir=folders.data_dir(data.dir),
             vocab_size=self.trunk.vocab_size,
         )
@@ -108,8 +108,15 @@ class MaskedLMTask(Task):
             )
         return bpe
 
+    @functools.cached_property
+    def _train_documents(self) -> text_lines.TextDocuments:
+        return self._documents(self.config.data.files)
+
     def _documents(self, files: Any) -> text_lines.TextDocuments:
-        return text_lines.TextDocuments(list(files), self.config.data.field, document="paragraph")
+        data = self.config.data
+        return text_lines.TextDocuments(
+            list(files), data.field, "paragraph", max_bad_records=data.max_bad_records
+        )
 
     def init(self, rng: jax.Array) -> Params:
         """See `Task.init`."""
@@ -144,12 +151,13 @@ class MaskedLMTask(Task):
     def datasets(self, split: str) -> Any:
         """See `Task.datasets`."""
         data = self.config.data
-        files = data.files if split == "train" else data.validation_files
+        train = split == "train"
+        documents = self._train_documents if train else self._documents(data.validation_files)
         # A word is more than one token, so as many words as tokens always fill a sequence.
-        source = PackedText(self._documents(files), data.length)
-        options = pipeline.PipelineOptions(num_workers=data.num_workers)
+        source = PackedText(documents, data.length)
+        options = pipeline.options_from(data)
         batch_size = self.config.batch_size
-        if split == "train":
+        if train:
             stage = pipeline.Stage(source, self._example(), batch_size)
             return pipeline.train_batches([stage], seed=self.config.seed, options=options)
         return pipeline.eval_batches(source, self._example(), batch_size, options=options)
@@ -164,7 +172,12 @@ class MaskedLMTask(Task):
         """Loss and accuracy on `data.validation_files`, where there are any."""
         if not self.config.data.validation_files:
             return {}
-        return {"validation": Evaluator(lambda: self.datasets("validation"), self.metrics)}
+        # One data set for all evaluations: its files are checked, and a bad record logged, once.
+        return {"validation": Evaluator(lambda: self._validation, self.metrics)}
+
+    @functools.cached_property
+    def _validation(self) -> Any:
+        return self.datasets("validation")
 
     def predict(self, params: Params, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Fills in masks.
@@ -249,7 +262,8 @@ class MaskedExample:
         def encode(sentence: str) -> list[int]:
             return self._bpe.encode(sentence, add_special_tokens=False).ids
 
-        made = masked_lm_example(rng, record["text"], encode, self.objective)
+        text = checks.check_text(record, "text")
+        made = masked_lm_example(rng, text, encode, self.objective)
         mask, vip = check_inputs(made["attention_mask"], made["importance_mask"], self.num_vip)
         chosen = made["masked_token_indices"]
         return {

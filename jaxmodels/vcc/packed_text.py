@@ -43,6 +43,15 @@ class PackedText:
         """Returns the number of records."""
         return len(self._starts) - 1
 
+    @property
+    def left_out(self) -> int:
+        """Bad documents that `documents` left out."""
+        return self.documents.left_out
+
+    def where(self, index: int) -> str:
+        """Returns file and line where record `index` starts."""
+        return self.documents.where(int(self._starts[index]))
+
     def __getitem__(self, index: int) -> dict[str, str]:
         """Returns record `index`."""
         first, last = self._starts[index : index + 2].tolist()
