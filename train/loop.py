@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from configs import fields as config_fields
 from configs.fields import COMMON, Fields
 from jaxmodels.core.task import Task
+from jaxmodels.data import pipeline
+from jaxmodels.data.fingerprints import differences
 from train import console, devices, distributed, rundir, starts, storage, table
 from train import state as state_lib
 from train.checkpoint import Checkpoints, Restored, load_params
@@ -51,8 +53,8 @@ def train(
     """
     began = time.perf_counter()
     workdir = storage.folder(workdir)
-    mesh = devices.start(config)
     distributed.same_everywhere("config", config_fields.flat(config))
+    mesh = devices.start(config)
     task = distributed.together(lambda: _checked_task(config))
     distributed.first(lambda: storage.probe(workdir, _say))
     with contextlib.ExitStack() as stack:
@@ -195,31 +197,30 @@ def _open_data(
     `reset` is whether other data are wanted, and whether the settings ask for them.
     """
     wanted, other = reset
-    dataset = task.datasets("train")
+    dataset = _checked_datasets(task)
     fingerprint = json.loads(json.dumps(getattr(dataset, "fingerprint", None)))
-    changed = _changed(progress.get("fingerprint", fingerprint), fingerprint)
+    changed = "; ".join(differences(progress.get("fingerprint", fingerprint), fingerprint))
+    position = progress.get("position")
     if changed and not wanted:
         raise UsageError(
             f"the data pipeline is not the one saved: {changed}; give the saved settings, or "
-            "--data_reset to go on with these data from their beginning (examples seen already "
-            "may come again)"
+            f"--data_reset to go on with these data. With it {pipeline.what_is_lost(position)}"
         )
     if progress and (other or changed):
-        _say(f"--data_reset: the data start from their beginning {changed and f'({changed})'}")
-        progress = progress | {"position": None}
+        _say(f"--data_reset: {pipeline.what_is_lost(position)} {changed and f'({changed})'}")
+        position = None
     try:
-        position, patience = progress.get("position"), config.data.timeout_seconds
-        batches = Prefetcher(dataset, mesh, position, timeout_seconds=patience)
+        batches = Prefetcher(dataset, mesh, position, timeout_seconds=config.data.timeout_seconds)
     except ValueError as error:
         raise UsageError(f"the saved data position cannot be used: {error}") from error
     return batches, fingerprint
 
 
-def _changed(before: Any, now: Any) -> str:
-    """Both values of what differs between two fingerprints; empty where nothing does."""
-    if before == now:
-        return ""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-        before, now = ({k: d.get(k) for k in names} for d in (before, now))
-    return f"it was {before}, now it is {now}"
+def _checked_datasets(task: Task) -> Any:
+    """The training data; these and the evaluators' are opened before anything is compiled."""
+    try:
+        for evaluator in task.evaluators().values():
+            evaluator.dataset()
+        return task.datasets("train")
+    except ValueError as error:
+        raise UsageError(str(error)) from error

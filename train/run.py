@@ -18,7 +18,7 @@ from train.errors import RunError, UsageError
 from train.evaluation import Evaluation, Results
 from train.finite import FiniteCheck
 from train.flops import peak_flops
-from train.input import Placed, Prefetcher
+from train.input import Placed, Prefetcher, shared_position
 from train.lock import Lock
 from train.metrics import Counters
 from train.profile import Profile
@@ -232,8 +232,10 @@ class Run:
         """Saves what the steps so far have made, after their numbers are checked and on disk."""
         self._log.flush()
         self._writers.flush()
+        with jax.transfer_guard("allow"):
+            position = shared_position(self._position)
         progress = {
-            "position": self._position,
+            "position": position,
             "fingerprint": self._parts.fingerprint,
             "seconds": self._clock.seconds,
             "pauses": self._clock.pauses,

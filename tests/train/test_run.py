@@ -179,12 +179,12 @@ def test_another_pipeline_is_refused_naming_both(finished, tmp_path, monkeypatch
         return datasets
 
     monkeypatch.setattr(toy.ToyTask, "datasets", marked(1))
-    with pytest.raises(UsageError, match="it was None, now it is"):
+    with pytest.raises(UsageError, match="data: saved nothing, now"):
         train(runs.config(**SETTINGS), workdir, toy_config.FIELDS)
     shutil.rmtree(workdir)
     train(runs.config(total_steps=4), workdir, toy_config.FIELDS)
     monkeypatch.setattr(toy.ToyTask, "datasets", marked(2))
-    with pytest.raises(UsageError, match=r"was \{'version': 1\}, now it is \{'version': 2\}"):
+    with pytest.raises(UsageError, match="version: saved 1, now 2"):
         train(runs.config(total_steps=5), workdir, toy_config.FIELDS)
 
 
@@ -196,12 +196,12 @@ def test_data_reset_goes_on_with_other_data_from_their_beginning(finished, tmp_p
     trained = train(config, workdir, toy_config.FIELDS, data_reset=True)
     said = capsys.readouterr().out
     assert trained.step == 20 and "data.examples 256 -> 128" in said
-    assert "--data_reset: the data start from their beginning" in said
+    assert "--data_reset: the saved place in the data is given up" in said
     whole = runs.curve(finished[0])
     assert runs.curve(workdir)[11] != whole[11]
     longer = runs.config(**SETTINGS, data__examples=128, total_steps=22)
     train(longer, workdir, toy_config.FIELDS, data_reset=True)  # the same command, given again
-    assert "start from their beginning" not in capsys.readouterr().out
+    assert "--data_reset" not in capsys.readouterr().out
     with pytest.raises(UsageError, match="model.width 64 -> 32"):
         changed = runs.config(**SETTINGS, model__width=32)
         train(changed, workdir, toy_config.FIELDS, data_reset=True)
