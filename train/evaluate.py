@@ -21,26 +21,28 @@ def main(argv: Sequence[str]) -> None:
     import jax  # only once the command line is known to be good
     from etils import epath
 
-    from train import devices, table
+    from train import devices, distributed, table
     from train.evaluation import Evaluation
     from train.trained import open_run
 
     workdir = epath.Path(command.flags["workdir"]).expanduser()
+    distributed.same_everywhere("command", {"step": step, **command.overrides})
     run = open_run(workdir, step, command.overrides)
-    print(
-        f"evaluating {run.config.method} at step {run.step}: {devices.describe(run.mesh)}",
-        flush=True,
-    )
+    described = devices.describe(run.mesh)
+    first = jax.process_index() == 0
+    if first:
+        print(f"evaluating {run.config.method} at step {run.step}: {described}", flush=True)
     with jax.set_mesh(run.mesh):
         results = Evaluation(run.task, run.mesh).run(run.params)
+    if not first:
+        return
     rows = [("evaluator", "metric", "value")]
     rows += [
         (n, metric, f"{v:.6g}") for n, values in results.items() for metric, v in values.items()
     ]
     print(table.aligned(rows, right=(2,)))
-    if jax.process_index() == 0:
-        record = {"step": run.step, "overrides": dict(command.overrides), "results": results}
-        (workdir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = {"step": run.step, "overrides": dict(command.overrides), "results": results}
+    (workdir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
