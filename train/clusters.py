@@ -207,6 +207,21 @@ def _from_slurm(environment: Mapping[str, str]) -> Cluster | None:
     return Cluster(f"{host}:{_port(environment, job)}", tasks, index, f"Slurm ({count})")
 
 
+def local_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """Returns the GPUs of this process by number, where several processes see the same ones.
+
+    That is so in a Slurm step with several tasks a node that were not bound to GPUs of their own:
+    each then takes one. None leaves a process all devices that it sees.
+    """
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].split(",")[0]
+    place = environment.get("SLURM_LOCALID", "")
+    visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    shared = tasks.isdecimal() and place.isdecimal() and int(tasks) > 1
+    if not shared or "SLURM_STEP_NODELIST" not in environment or len(visible) < int(tasks):
+        return None
+    return [int(place)]
+
+
 def _first_of_node_list(nodes: str) -> str:
     """`node[007-015,020],other` -> `node007`."""
     head, bracket, rest = nodes.partition("[")

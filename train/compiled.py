@@ -26,10 +26,11 @@ class PerShape:
         self.compilations = 0
         self._function = function
         self._programs: dict[Any, tuple[Any, int]] = {}
+        self._asked: tuple[Any, tuple[Any, ...]] = None, ()
 
     def ready(self, batch: Batch) -> bool:
         """Whether the program for this batch's shape is compiled."""
-        return _key(batch) in self._programs
+        return self._key(batch) in self._programs
 
     def prepare(self, first: Any, batch: Batch) -> None:
         """Compiles for these shapes (arrays or placed shape structs), where not done yet."""
@@ -38,7 +39,7 @@ class PerShape:
         start = time.perf_counter()
         with jax.transfer_guard("allow"):  # constants of the program go to the device here
             traced = self._function.trace(first, batch)
-            self._programs[_key(batch)] = traced.lower().compile(), count_flops(traced.jaxpr)
+            self._programs[self._key(batch)] = traced.lower().compile(), count_flops(traced.jaxpr)
         self.seconds += time.perf_counter() - start
         self.compilations += 1
 
@@ -47,29 +48,33 @@ class PerShape:
         if not self._programs:
             return ""
         before, now = (
-            {name: rest for name, *rest in key} for key in (list(self._programs)[-1], _key(batch))
+            {name: rest for name, *rest in key}
+            for key in (list(self._programs)[-1], self._key(batch))
         )
         names = [name for name in now | before if now.get(name) != before.get(name)]
         return ", ".join(f"{n} {_text(before.get(n))} -> {_text(now.get(n))}" for n in names)
 
     def flops(self, batch: Batch) -> int:
         """FLOPs of one call with a batch of this shape, all devices together."""
-        return self._programs[_key(batch)][1]
+        return self._programs[self._key(batch)][1]
 
     def __call__(self, first: Any, batch: Batch) -> Any:
         """Runs the program for this batch's shape, compiling it first where needed."""
         self.prepare(first, batch)
-        return self._programs[_key(batch)][0](first, batch)
+        return self._programs[self._key(batch)][0](first, batch)
+
+    def _key(self, batch: Batch) -> tuple[Any, ...]:
+        """The shapes of a batch; those of the batch asked about last are kept."""
+        if batch is not self._asked[0]:
+            found = tuple((name, value.shape, value.dtype) for name, value in batch.items())
+            self._asked = batch, found
+        return self._asked[1]
 
 
 def shapes(batch: Batch) -> str:
     """Returns the shape of a batch in words, by its ids or its largest array: `x [32, 512]`."""
     name = "input_ids" if "input_ids" in batch else max(batch, key=lambda key: batch[key].size)
     return f"{name} {list(batch[name].shape)}"
-
-
-def _key(batch: Batch) -> tuple[Any, ...]:
-    return tuple((name, value.shape, value.dtype) for name, value in batch.items())
 
 
 def _text(array: list[Any] | None) -> str:

@@ -65,6 +65,8 @@ def initialize(
             cluster.address,
             cluster.processes,
             cluster.index,
+            clusters.local_devices(os.environ),
+            cluster_detection_method="deactivate",  # it would give a Slurm task one GPU of many
             initialization_timeout=timeout_seconds,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )

@@ -157,3 +157,22 @@ def test_f30_flags_that_do_not_fit_together_are_refused_before_anything():
         find("h:1", 2, None, JAX_PROCESS_ID="one")
     with pytest.raises(UsageError, match="--num_processes and --process_id missing"):
         find(JAX_COORDINATOR_ADDRESS="h:1")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "visible", "found"),
+    [
+        ("1(x4)", "0,1,2,3,4,5,6,7", None),  # one process a node: every GPU
+        ("8(x4)", "0,1,2,3,4,5,6,7", [5]),  # all tasks see all GPUs: one each
+        ("8(x4)", "3", None),  # bound by Slurm: what it sees is its own
+        ("8", "", None),
+        ("2(x2),1", "0,1", [5]),
+    ],
+)
+def test_slurm_tasks_that_see_the_same_gpus_take_one_each(tasks, visible, found):
+    environment = SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_LOCALID": "5"}
+    assert clusters.local_devices(environment | {"CUDA_VISIBLE_DEVICES": visible}) == found
+
+
+def test_outside_slurm_a_process_takes_all_that_it_sees():
+    assert clusters.local_devices({"CUDA_VISIBLE_DEVICES": "0,1"}) is None
