@@ -1,84 +1,312 @@
-"""Checkpoints, by orbax: the one file that knows it.
+"""The checkpoints of a run: saved behind the training, proved whole, and read back exactly.
 
-A step's folder holds three items: `params` (the whole parameter tree, whatever is frozen),
-`training` (optimiser state, step, random key) and `progress` (data position and clocks, a JSON
-file a process). Weights alone are read from the first, with no need of the others.
+    checkpoints/<step>/{params,training,progress,manifest.json}
+    checkpoints/frozen/      parameters that no step changes, written once
+    checkpoints/damaged/     steps that turned out to be damaged
+
+A step exists once its manifest does. Every method of `Checkpoints` that several processes call
+must be called by all of them, in the same order, from the main thread.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxmodels.core import params as params_lib
-from train import state as state_lib
-from train.errors import UsageError
+from train import checkpoint_leaves, checkpoint_reader, distributed, manifest, storage
+from train.checkpoint_folder import FROZEN, Folder, Retention
+from train.checkpoint_writer import Metric, Writer
+from train.errors import CheckpointError, UsageError
 from train.state import Layout, TrainState
 
 Tree = Any
 FOLDER = "checkpoints"
-_SHOWN = 10  # differing leaves listed
+TRIES = 3  # saves in a row that may fail
+_BEGUN, _THERE = "begun", "there"
+_NOTED = 1.0  # seconds of waiting that are worth a line
+_GRACE = 30.0  # seconds that a process which fails gives the others to finish a save
+_PATIENCE = 60.0  # seconds of waiting between two lines that say so
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint: its step, the state on the mesh, and what this process noted beside it."""
+
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one run: written in the background, the newest `keep` kept."""
+    """The checkpoints of one run, written in the background, at most one at a time."""
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 3):
-        """Opens `workdir/checkpoints`, making it where it does not exist."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).resolve() / FOLDER, options=options, item_handlers=_handlers()
-        )
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        keep: int = 3,
+        keep_best: int = 0,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+        say: Callable[[str], None] = print,
+    ):
+        """Nothing is written before the first save.
+
+        Args:
+          workdir: of the run; local, or remote like gs://bucket/run.
+          keep: how many of the newest steps stay.
+          keep_best: how many of those with the best metric stay besides.
+          best_metric: the name of that metric; noted with each step.
+          best_mode: whether the largest is the best, "max", or the smallest, "min".
+          say: takes lines for the user; called on process 0 alone, in the main thread.
+        """
+        self._folder = Folder(storage.absolute(workdir) / FOLDER)
+        self._metric, self._told = best_metric, say
+        retention = Retention(keep, keep_best, best_metric, best_mode)
+        self._writer = Writer(self._folder, retention)
+        self._failures = 0
+        self._news: tuple[int | None, str] | None = None  # a failure that poll has not told yet
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a manifest, ascending."""
+        return self._folder.steps()
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None."""
-        return self._manager.latest_step()
+        """Returns the newest step that has a manifest, or None; says nothing of its health."""
+        return max(self.steps(), default=None)
 
-    def save(self, state: TrainState, progress: Mapping[str, Any]) -> None:
-        """Starts to save `state` and this process's `progress`; the state may be donated next."""
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            training=ocp.args.StandardSave(_training_items(state)),
-            progress=_SaveProgress(dict(progress)),
-        )
-        self._manager.save(int(jax.device_get(state.step)), args=args)
+    def restore(self, plan: Layout) -> Restored | None:
+        """Returns the newest step that is whole, on the mesh of `plan`; None where none was saved.
 
-    def restore(self, plan: Layout, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state and the progress of `step`, straight onto the mesh of `plan`.
+        Damaged ones are told, and moved to `checkpoints/damaged`; what a killed run had not
+        finished is passed over.
 
         Raises:
-          UsageError: the checkpoint's leaves differ from the plan's; they are listed by path.
+          CheckpointError: every step is damaged, or the storage cannot be read.
+          UsageError: the leaves differ from those of `plan`: all are compared before one is read.
         """
-        params, training = plan.abstract.params, _training_items(plan.abstract)
-        for item, wanted in (("params", params), ("training", training)):
-            check_same(_stored(self._manager, step, item), wanted, f"checkpoint {step}, {item}")
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            training=ocp.args.StandardRestore(training),
-            progress=_RestoreProgress(),
-        )
-        found = self._manager.restore(step, args=args)
-        return _assemble(plan, found["params"], found["training"]), found["progress"]
+        step = distributed.first(self._newest_whole)
+        if step is None:
+            return None
+        restored = distributed.together(lambda: self._load(step, plan.abstract))
+        self._writer.frozen = manifest.read(self._folder.path(step)).facts["frozen"]
+        return restored
 
-    def wait(self) -> None:
-        """Returns when what was saved is on disk; raises what its writing met."""
-        self._manager.wait_until_finished()
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        progress: Mapping[str, Any],
+        metric: float | None = None,
+    ) -> None:
+        """Starts to save; returns once `state` may be donated.
+
+        Waits for the save before, where that still runs. What goes wrong is told by `poll`. A
+        step that is complete already is not written again.
+
+        Args:
+          step: names the checkpoint.
+          state: the whole training state.
+          progress: JSON values of this process; `position` is its place in the data.
+          metric: what the step is ranked by; None and NaN are never the best.
+
+        Raises:
+          CheckpointError: this was the third failure in a row.
+        """
+        text = json.dumps(dict(progress))
+        if self._writer.step is not None:
+            self._wait_before(step)
+        begun = distributed.first(lambda: self._begin(step, state))
+        if begun == _THERE:
+            return
+        if begun != _BEGUN:
+            self._fail(step, begun)
+            return
+        value = metric if metric is not None and math.isfinite(metric) else None
+        self._writer.start(step, state, text, Metric(self._metric, value))
+
+    def poll(self) -> str | None:
+        """Returns the error of a save that failed since the last call, else None; waits for none.
+
+        Raises:
+          CheckpointError: this was the third failure in a row.
+        """
+        if self._writer.step is not None:
+            self._settle(*_outcome(*self._writer.state()))
+        return self._take_news()
+
+    def wait(self) -> str | None:
+        """Waits until everything is on disk; returns and raises as `poll`."""
+        self._wait()
+        return self._take_news()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Waits for the writers and releases them."""
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for what this process is writing.
+
+        Raises:
+          CheckpointError: it failed, nobody was told, and no other error is on its way.
+        """
+        # After an error the other processes may be gone, and orbax wait for them for long.
+        patience = _GRACE if kind is not None and jax.process_count() > 1 else None
+        step, (done, error) = self._writer.step, self._writer.state(patience)
+        if not done:
+            self._say(f"checkpoint {step} was left unfinished")
+            return
+        if error:
+            self._news = (step, error)
+        self._writer.done(failed=error is not None)
+        self._writer.close()
+        self._tell_warnings()
+        if self._news and kind is None:
+            raise CheckpointError(self._news_line())
+        if self._news:
+            self._say(self._news_line())
+
+    def _load(self, step: int, plan: TrainState) -> Restored:
+        checkpoint_reader.check_state(self._folder, step, plan)
+        progress = checkpoint_reader.load_progress(self._folder, step)
+        found = checkpoint_reader.load(self._folder, step, checkpoint_leaves.items(plan))
+        return Restored(step, checkpoint_leaves.assemble(plan, found), progress)
+
+    def _newest_whole(self) -> int | None:
+        """Process 0: the newest step that is whole; moves the damaged ones out of the way."""
+        try:
+            return self._walk()
+        except (CheckpointError, UsageError):
+            raise
+        except Exception as error:  # clients of remote storage raise types of their own
+            reason = manifest.one_line(error)
+            raise CheckpointError(f"{self._folder.root} cannot be read: {reason}") from error
+
+    def _walk(self) -> int | None:
+        for step in reversed(self._folder.entries()):
+            if self._folder.unfinished(step):
+                self._say(f"checkpoint {step} was not finished when the run ended: passed over")
+                continue
+            reason = checkpoint_reader.damage(self._folder, step)
+            if reason is None:
+                return step
+            place = self._folder.set_aside(step, reason)
+            self._say(f"checkpoint {step} is damaged: {reason}; moved to {place}")
+        damaged = self._folder.damaged()
+        if damaged:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
+            raise CheckpointError(
+                f"{self._folder.root} has no checkpoint that can be used. Damaged: {reasons}. To "
+                "start from step 0, give another workdir or remove that folder"
+            )
+        return None
+
+    def _begin(self, step: int, state: TrainState) -> str:
+        """Process 0: makes room for a step; _BEGUN, _THERE, or what the storage answered."""
+        try:
+            if self._folder.complete(step):
+                return _THERE
+            new = self._writer.frozen is None and jax.tree.leaves(state.frozen)
+            if new and self._folder.steps():
+                raise CheckpointError(
+                    f"{self._folder.root} holds steps of another start: restore them, or give "
+                    "another workdir"
+                )
+            self._folder.begin(step)
+        except CheckpointError:
+            raise
+        except Exception as error:  # clients of remote storage raise types of their own
+            return manifest.one_line(error)
+        return _BEGUN
+
+    def _wait_before(self, step: int) -> None:
+        """Waits for the save under way, and says how long the training stood."""
+        writing, began = self._writer.step, time.monotonic()
+        busy = not self._writer.state()[0]
+        self._wait()
+        seconds = time.monotonic() - began
+        if busy and seconds >= _NOTED:
+            self._say(
+                f"training waited {seconds:.1f} s for checkpoint {writing} to be written before "
+                f"saving {step}: the storage is slow, or checkpoint_every small"
+            )
+        if self._news:
+            self._say(self._news_line())
+            self._news = None
+
+    def _wait(self) -> None:
+        """Ends the save under way, on all processes together."""
+        began = told = time.monotonic()
+        while self._writer.step is not None:
+            self._settle(*_outcome(*self._writer.state(1.0)))
+            if self._writer.step is not None and time.monotonic() - told > _PATIENCE:
+                told = time.monotonic()
+                self._say(f"checkpoint {self._writer.step}: {told - began:.0f} s, still writing")
+
+    def _settle(self, done: bool, error: str | None) -> None:
+        """Takes note of how the save under way goes, as agreed by all processes."""
+        self._tell_warnings()
+        if not done:
+            return
+        step = self._writer.step
+        self._writer.done(failed=error is not None)
+        if error is None:
+            self._failures = 0
+        else:
+            self._fail(step, error)
+
+    def _fail(self, step: int | None, error: str) -> None:
+        self._failures += 1
+        self._news = (step, error)
+        if self._failures < TRIES:
+            return
+        self._news = None
+        raise CheckpointError(
+            f"checkpoint {step} ({self._folder.root}) could not be written, like the "
+            f"{TRIES - 1} before it: {error}; {self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        try:
+            good = self.latest_step()
+        except Exception:
+            return "which steps are saved cannot be read either"
+        return "no step is saved" if good is None else f"the last good one is {good}"
+
+    def _take_news(self) -> str | None:
+        self._news, news = None, self._news
+        return news and news[1]
+
+    def _news_line(self) -> str:
+        step, error = self._news or (None, "")
+        return f"checkpoint {step} was not written: {error}"
+
+    def _tell_warnings(self) -> None:
+        while self._writer.warnings:
+            self._say(self._writer.warnings.pop(0))
+
+    def _say(self, text: str) -> None:
+        if jax.process_index() == 0:
+            self._told(text)
+
+
+def _outcome(done: bool, error: str | None) -> tuple[bool, str | None]:
+    """Returns (ended, the first error), the same everywhere, of what each process knows."""
+    found = distributed.gather([done, error])
+    errors = [(index, error) for index, (_, error) in enumerate(found) if error]
+    if not errors:
+        return all(done for done, _ in found), None
+    index, error = errors[0]
+    return True, error if len(found) == 1 else f"process {index}: {error}"
 
 
 def load_params(path: epath.PathLike, abstract: Tree, step: int | None = None) -> tuple[Tree, int]:
     """Returns (parameters, their step) of a run or a single checkpoint, placed as `abstract` says.
+
+    Where the newest is damaged, says so and takes the one before, unless `step` is given.
 
     Args:
       path: a workdir, its folder of checkpoints, or the folder of one step.
@@ -87,14 +315,36 @@ def load_params(path: epath.PathLike, abstract: Tree, step: int | None = None) -
 
     Raises:
       UsageError: nothing is there, or names, shapes or types differ (all are listed).
+      CheckpointError: what is there is damaged.
     """
-    folder, step = find(path, step)
-    place = folder / str(step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as reader:
-        stored = params_lib.flatten(reader.metadata(place).item_metadata["params"].tree)
-        check_same(stored, abstract, f"checkpoint {place}")
-        wanted = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return reader.restore(place, args=wanted)["params"], step
+    root, newest = find(path, step)
+    folder = Folder(root)
+    itself = storage.absolute(path) == folder.path(newest)
+    chosen = itself or step is not None
+    step = distributed.first(lambda: _whole(folder, newest, [newest] if chosen else folder.steps()))
+    wanted = checkpoint_leaves.named(abstract)
+    stored = checkpoint_reader.stored_leaves(folder, step)
+    every = {**stored["params"], **stored[FROZEN]}
+    checkpoint_reader.check_same(every, wanted, f"checkpoint {folder.path(step)}")
+    items = {
+        item: {path: leaf for path, leaf in wanted.items() if path in stored[item]}
+        for item in ("params", FROZEN)
+    }
+    found = checkpoint_reader.load(folder, step, items)
+    return checkpoint_leaves.fill(abstract, {**found["params"], **found[FROZEN]}), step
+
+
+def _whole(folder: Folder, newest: int, steps: list[int]) -> int:
+    """Process 0: the newest of `steps` whose weights are whole."""
+    reasons: list[str] = []
+    for step in sorted((s for s in steps if s <= newest), reverse=True):
+        reason = checkpoint_reader.damage(folder, step, ("params/",))
+        if reason is None:
+            for line in reasons:
+                print(f"{line}; taking checkpoint {step}", flush=True)
+            return step
+        reasons.append(f"checkpoint {step} ({folder.path(step)}) is damaged: {reason}")
+    raise CheckpointError("; ".join(reasons))
 
 
 def find(path: epath.PathLike, step: int | None = None) -> tuple[epath.Path, int]:
@@ -103,115 +353,13 @@ def find(path: epath.PathLike, step: int | None = None) -> tuple[epath.Path, int
     Raises:
       UsageError: no checkpoint is there, or not of that step.
     """
-    path = epath.Path(path).expanduser().resolve()
-    if path.name.isdigit() and (path / "params").exists():
+    path = storage.absolute(path)
+    if path.name.isdecimal() and (path / manifest.NAME).exists():
         return path.parent, int(path.name)
     folder = path / FOLDER if (path / FOLDER).exists() else path
-    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    steps = Folder(folder).steps()
     if not steps:
         raise UsageError(f"{path}: no checkpoint there (wanted: the --workdir of a run)")
     if step is not None and step not in steps:
-        raise UsageError(f"{path}: no checkpoint of step {step}; there are {sorted(steps)}")
+        raise UsageError(f"{path}: no checkpoint of step {step}; there are {steps}")
     return folder, max(steps) if step is None else step
-
-
-def check_same(stored: Mapping[str, Any], wanted: Tree, what: str) -> None:
-    """Compares stored leaves with wanted ones by path, shape and dtype.
-
-    Args:
-      stored: {path: something with shape and dtype}.
-      wanted: nested dict of the same.
-      what: names the stored ones in the message.
-
-    Raises:
-      UsageError: they differ; every kind of difference is listed.
-    """
-    wanted = params_lib.flatten(wanted)
-    lines = [
-        f"missing {path} {_leaf(wanted[path])}" for path in sorted(wanted.keys() - stored.keys())
-    ]
-    lines += [
-        f"unexpected {path} {_leaf(stored[path])}" for path in sorted(stored.keys() - wanted.keys())
-    ]
-    lines += [
-        f"{path} is {_leaf(stored[path])}, wanted {_leaf(leaf)}"
-        for path, leaf in sorted(wanted.items())
-        if path in stored and _leaf(stored[path]) != _leaf(leaf)
-    ]
-    if lines:
-        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise UsageError(
-            f"{what} is of another model or optimiser: {'; '.join(lines[:_SHOWN])}{more}"
-        )
-
-
-def _leaf(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _handlers() -> dict[str, Any]:
-    return {
-        "params": ocp.StandardCheckpointHandler(),
-        "training": ocp.StandardCheckpointHandler(),
-        "progress": _ProgressHandler(),
-    }
-
-
-def _training_items(state: TrainState) -> dict[str, Any]:
-    """The state without its parameters, as nested dicts named by path: no optax type is stored."""
-    slots = {f"opt_state/{name}": leaf for name, leaf in _named(state.opt_state)}
-    key = jax.eval_shape(jax.random.key_data, state.rng)
-    if isinstance(state.rng, jax.ShapeDtypeStruct):
-        rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.rng.sharding)
-    else:
-        rng = jax.random.key_data(state.rng)
-    return params_lib.unflatten(slots | {"step": state.step, "rng": rng})
-
-
-def _named(tree: Tree) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _assemble(plan: Layout, params: Tree, training: Tree) -> TrainState:
-    """Puts stored items back into the shape of `plan`."""
-    trainable, frozen = state_lib.split(params, plan.groups)
-    found = params_lib.flatten(training)
-    slots = [found[f"opt_state/{name}"] for name, _ in _named(plan.abstract.opt_state)]
-    opt_state = jax.tree.unflatten(jax.tree.structure(plan.abstract.opt_state), slots)
-    rng = jax.random.wrap_key_data(found["rng"])
-    return TrainState(trainable, frozen, opt_state, found["step"], rng)
-
-
-def _stored(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
-    """What the checkpoint says of its leaves, without reading them."""
-    return params_lib.flatten(manager.item_metadata(step)[item].tree)
-
-
-class _ProgressHandler(ocp.CheckpointHandler):
-    """Keeps one JSON file a process: each has its own place in the data."""
-
-    def save(self, directory: epath.Path, args: "_SaveProgress") -> None:
-        (directory / _process_file()).write_text(json.dumps(args.item))
-
-    def restore(self, directory: epath.Path, args: "_RestoreProgress") -> dict[str, Any]:
-        path = directory / _process_file()
-        if not path.exists():
-            raise UsageError(f"{path}: absent; the run was saved by another number of processes")
-        return json.loads(path.read_text())
-
-
-@ocp.args.register_with_handler(_ProgressHandler, for_save=True)
-@dataclasses.dataclass
-class _SaveProgress(ocp.args.CheckpointArgs):
-    item: dict[str, Any]
-
-
-@ocp.args.register_with_handler(_ProgressHandler, for_restore=True)
-@dataclasses.dataclass
-class _RestoreProgress(ocp.args.CheckpointArgs):
-    pass
-
-
-def _process_file() -> str:
-    return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
