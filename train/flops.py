@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 # Dense bfloat16 peak in FLOP/s a device as jax lists them; the makers' data sheets. A v4 or v5p
-# device is a chip. The longest name that the device kind starts with decides.
+# device is a chip, a TPU7x device half of one. The longest name that the device kind starts with
+# decides.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -19,12 +20,17 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+# Products of queries with keys in cuDNN's attention, which the traced program holds as one step:
+# scores and mix; backward the scores again, and the gradients of weights, queries, keys, values.
+_FUSED_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -49,6 +55,8 @@ def _equation_flops(equation: Any) -> int:
         return _dot_flops(equation)
     if name == "conv_general_dilated":
         return _convolution_flops(equation)
+    if name in _FUSED_PRODUCTS:
+        return _FUSED_PRODUCTS[name] * _fused_attention_flops(equation)
     inner = [count_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters)]
     if not inner:
         return 0
@@ -84,6 +92,12 @@ def _convolution_flops(equation: Any) -> int:
     kernel = equation.invars[1].aval.shape
     out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+
+
+def _fused_attention_flops(equation: Any) -> int:
+    """One product of queries [B, Q, H, D] with keys [B, K, H, D], over all heads."""
+    query, key = equation.invars[0].aval.shape, equation.invars[1].aval.shape
+    return 2 * math.prod(query) * key[1]
 
 
 def _kernel_flops(parameters: dict[str, Any], body: int) -> int:

@@ -264,10 +264,9 @@ def shared_position(position: str | None) -> str | None:
     if position is None or jax.process_count() == 1:
         return position
     states = [json.loads(text) for text in _gathered(position)]
-    try:
-        return json.dumps(pipeline.merged_state(states))
-    except ValueError:  # not of our pipeline: each process has a place of its own
-        return position
+    if not all(isinstance(state, dict) and "bad_records" in state for state in states):
+        return position  # not of our pipeline: each process has a place of its own
+    return json.dumps(pipeline.merged_state(states))
 
 
 def _gathered(text: str) -> list[str]:

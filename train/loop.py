@@ -16,7 +16,7 @@ from configs.fields import COMMON, Fields
 from jaxmodels.core.task import Task
 from jaxmodels.data import pipeline
 from jaxmodels.data.fingerprints import differences
-from train import console, devices, distributed, rundir, starts, storage, table
+from train import devices, distributed, rundir, starts, storage, table
 from train import state as state_lib
 from train.checkpoint import Checkpoints, Restored, load_params
 from train.errors import UsageError
@@ -25,7 +25,7 @@ from train.lock import Lock
 from train.run import OWED, Parts, Run, Trained, check_best
 from train.state import Layout, TrainState
 from train.tasks import load_task
-from train.writers import open_writers
+from train.writers import console, open_writers
 
 __all__ = ["Trained", "train"]
 

@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if not command.flags["workdir"]:
         raise cli.UsageError(f"--workdir is missing: {FLAGS[1].meaning}")
-    from train import loop, signals, storage, tasks, wandb_writer  # import jax, touch no device
+    from train import loop, signals, storage, tasks  # import jax, touch no device
+    from train.writers import wandb as wandb_writer
 
     workdir = storage.folder(command.flags["workdir"])
     tasks.load_task(config)

@@ -1,6 +1,8 @@
 """The loop: steps, evaluations and checkpoints until `total_steps` or until asked to stop."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,10 +12,10 @@ from ml_collections import ConfigDict
 
 from jaxmodels.core.task import Task
 from train import storage
+from train.aot import memory
 from train.checkpoint import Checkpoints
 from train.clock import Clock
 from train.compiled import PerShape, shapes
-from train.console import duration
 from train.errors import RunError, UsageError
 from train.evaluation import Evaluation, Results
 from train.finite import FiniteCheck
@@ -28,6 +30,7 @@ from train.step import make_train_step, trainable_paths
 from train.steplog import StepLog
 from train.watchdog import Watchdog
 from train.writers import Writers
+from train.writers.console import duration
 
 OWED = "evaluation_owed"  # file that holds the step of an evaluation that was interrupted
 
@@ -100,6 +103,7 @@ class Run:
         self._owed = parts.workdir / OWED
         self._metric: tuple[int, float | None] = (-1, None)  # step and value of best_metric
         self._last_saved = counters.step if progress else 0
+        self._retries = sum(storage.RETRIES.values())
 
     @property
     def step(self) -> int:
@@ -163,9 +167,10 @@ class Run:
         self._profile.step(self._log.flush)
         step = self.step + 1
         logged = step in (1, self._config.total_steps) or step % self._config.log_every == 0
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        traced = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        with traced, self._memory_explained(placed, "running"):
             state, *outputs = self._steps(state, placed.batch)
-        self._log.started(tuple(outputs), placed, self._steps.flops(placed.batch), logged)
+            self._log.started(tuple(outputs), placed, self._steps.flops(placed.batch), logged)
         self._position = placed.position
         self._watchdog.beat()
         if logged:
@@ -187,7 +192,7 @@ class Run:
         self._log.flush()
         before = self._steps.seconds
         again = self._steps.changed(placed.batch)
-        with self._clock.pause("compile"):
+        with self._clock.pause("compile"), self._memory_explained(placed, "compiling"):
             self._steps.prepare(state, placed.batch)
         flops = self._steps.flops(placed.batch)
         self._writers.say(
@@ -195,6 +200,18 @@ class Run:
             f"for batches with {shapes(placed.batch)}{again and f' (other than before: {again})'}"
         )
         self._watchdog.beat()
+
+    @contextlib.contextmanager
+    def _memory_explained(self, placed: Placed, doing: str) -> Iterator[None]:
+        """Says of a device without memory enough what takes how much, and what may help."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            parts = self._parts
+            text = memory.explain(error, parts.plan, placed.batch, parts.config, doing)
+            if text is None:
+                raise
+            raise RunError(text) from error
 
     def _evaluate(self, state: TrainState) -> Results:
         """Evaluates, unless the run is asked to stop meanwhile: then an evaluation is owed."""
@@ -270,7 +287,7 @@ class Run:
         parts |= self._clock.pauses
         total = sum(parts.values())
         shares = ", ".join(f"{name} {share / total:.0%}" for name, share in parts.items())
-        retries = sum(storage.RETRIES.values())
+        retries = sum(storage.RETRIES.values()) - self._retries
         again = f", {retries} requests to storage repeated" if retries else ""
         self._writers.say(f"{end} at step {self.step} after {duration(total)} ({shares}){again}")
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from train import distributed, storage
-from train.growing import open_growing
 from train.storage import Say
+from train.writers.growing import open_growing
 
 FILE = "starts.jsonl"
 

@@ -80,6 +80,9 @@ def dot_product_attention(
     if implementation is None:
         implementation = _choose(query, dropout)
     if implementation == "cudnn":
+        if bias is not None:  # cuDNN takes no bias a key: a row a query, in the products' type
+            rows = (*bias.shape[:2], query.shape[1], key.shape[1])
+            bias = jnp.broadcast_to(bias, rows).astype(query.dtype)
         return jax.nn.dot_product_attention(
             query, key, value, bias=bias, scale=scale, implementation="cudnn"
         )
@@ -91,18 +94,27 @@ def dot_product_attention(
     return _mix(weights, value)
 
 
+def platform() -> str:
+    """Returns the platform that is traced for: the mesh's in scope, else jax's default backend.
+
+    The two differ where a program is compiled for hardware that is not attached.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _choose(query: jax.Array, dropout: Callable[[jax.Array], jax.Array] | None) -> str:
     if dropout is not None:
         return "xla"
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if half and jax.default_backend() == "gpu":
+    if half and platform() == "gpu":
         return "cudnn"
     return "chunked" if query.shape[1] >= chunking()[0] else "xla"
 
 
 def chunking() -> tuple[int, int]:
-    """Returns (queries from which attention is chunked, queries a step) on this backend."""
-    return CHUNKING.get(jax.default_backend(), CHUNKING_ELSEWHERE)
+    """Returns (queries from which attention is chunked, queries a step) on this platform."""
+    return CHUNKING.get(platform(), CHUNKING_ELSEWHERE)
 
 
 def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:

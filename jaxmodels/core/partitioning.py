@@ -70,6 +70,8 @@ def _groups(devices: Sequence[Any]) -> int:
     slices = {getattr(d, "slice_index", None) for d in devices}
     if None not in slices:
         return len(slices)
+    if devices[0].platform == "tpu":  # described, not attached: one slice goes without a number
+        return 1
     return len({d.process_index for d in devices})
 
 

@@ -18,10 +18,10 @@ from typing import Any
 from etils import epath
 
 from tests.train import checkpoint_cases as cases
-from train import checkpoint_writer, manifest
-from train.checkpoint import Checkpoints
-from train.checkpoint_arrays import ArrayWriter
-from train.checkpoint_folder import Folder
+from train.checkpoint import Checkpoints, manifest
+from train.checkpoint import writer as writer_lib
+from train.checkpoint.arrays import ArrayWriter
+from train.checkpoint.folder import Folder
 from train.errors import CheckpointError
 
 # Where a kill comes, and the step that is to be found afterwards; 1 and 2 were saved before.
@@ -79,7 +79,7 @@ def prepare(point: str) -> None:
     elif point == "deletion_half_done":
         Folder.delete = half_deleted
     elif point == "frozen_written":
-        before(checkpoint_writer.Writer, "_seal_frozen")
+        before(writer_lib.Writer, "_seal_frozen")
 
 
 def kill(workdir: pathlib.Path, point: str) -> None:

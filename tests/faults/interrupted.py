@@ -4,7 +4,7 @@ python -m tests.faults.interrupted MOMENT SIGNAL FLAGS...
 
 MOMENT is `step:N` (step N is dispatched, its numbers are not read yet), `evaluate:N` (batch N of
 all evaluations), `save:N` (save N has begun and its manifest is held back), `twice:N` (as save:N,
-a second signal follows once the run waits for the save).
+and a second signal follows while the run waits for the save).
 """
 
 import os
@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from train import cli, main, manifest, metrics
-from train.checkpoint import Checkpoints
+from train import cli, main, metrics
+from train.checkpoint import Checkpoints, manifest
 from train.compiled import PerShape
 
 
@@ -36,35 +36,29 @@ def after(owner: Any, name: str, number: int, action: Callable[[], None]) -> Non
 
 def arrange(moment: str, number: int, send: Callable[[], None]) -> None:
     """Puts the signal in its place."""
-    if moment in ("step", "evaluate"):
-        save = Checkpoints.save
+    save, write, calls = Checkpoints.save, manifest.write, []
+    holds = moment in ("save", "twice")
 
-        def save_and_wait(self: Checkpoints, *arguments: Any) -> None:
-            save(self, *arguments)
+    def save_and_wait(self: Checkpoints, *arguments: Any) -> None:
+        calls.append(1)
+        save(self, *arguments)
+        if not holds or len(calls) < number:
             self.wait()  # which save was in time must not be left to chance
 
-        Checkpoints.save = save_and_wait
-        owner, name = (PerShape, "__call__") if moment == "step" else (metrics, "add")
-        after(owner, name, number, send)
-    elif moment in ("save", "twice"):
-        plain, held = manifest.write, threading.Event()
+    def held_back(*arguments: Any, **named: Any) -> Any:
+        if holds and len(calls) == number:
+            time.sleep(30)  # the save is under way, and stays so
+        return write(*arguments, **named)
 
-        def write(*arguments: Any, **named: Any) -> Any:
-            if held.is_set():
-                time.sleep(30)  # the save is under way, and stays so
-            return plain(*arguments, **named)
-
-        manifest.write = write
-        after(Checkpoints, "save", number - 1, held.set) if number > 1 else held.set()
+    Checkpoints.save, manifest.write = save_and_wait, held_back
+    if moment == "step":
+        after(PerShape, "__call__", number, send)
+    elif moment == "evaluate":
+        after(metrics, "add", number, send)
+    else:
         after(Checkpoints, "save", number, send)
-        if moment == "twice":
-            wait = Checkpoints.wait
-
-            def interrupted(self: Checkpoints) -> Any:
-                threading.Timer(0.5, send).start()
-                return wait(self)
-
-            Checkpoints.wait = interrupted
+    if moment == "twice":
+        after(Checkpoints, "save", number, threading.Timer(1.0, send).start)
 
 
 if __name__ == "__main__":

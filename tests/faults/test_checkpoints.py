@@ -14,8 +14,8 @@ import pytest
 
 from tests.faults.checkpoint_script import POINTS
 from tests.train import checkpoint_cases as cases
-from train import checkpoint, checkpoint_folder, manifest
-from train.checkpoint import Checkpoints, load_params
+from train.checkpoint import Checkpoints, checkpoints, load_params, manifest
+from train.checkpoint import folder as folder_lib
 from train.errors import CheckpointError, UsageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -259,7 +259,7 @@ def test_f09_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with Checkpoints(tmp_path) as saved:
-        monkeypatch.setattr(checkpoint_folder.Folder, "begin", refuse)
+        monkeypatch.setattr(folder_lib.Folder, "begin", refuse)
         for step in (1, 2):
             saved.save(step, cases.state(step), {})
             assert saved.poll() == "PermissionError: [Errno 13] Permission denied"
@@ -309,7 +309,7 @@ def test_f11_slow_storage_makes_training_wait_and_say_so(tmp_path, monkeypatch):
             at_once[0] -= 1
 
     monkeypatch.setattr(manifest, "write", slow)
-    monkeypatch.setattr(checkpoint, "_NOTED", 0.0)
+    monkeypatch.setattr(checkpoints, "_NOTED", 0.0)
     with Checkpoints(tmp_path, say=said.append) as saved:
         saved.save(1, cases.state(1), {})
         assert saved.poll() is None and saved.steps() == []

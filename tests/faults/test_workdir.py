@@ -14,12 +14,12 @@ from etils import epath
 
 from tests.train import runs, toy_config
 from tests.train.cloud import HttpError, cloud  # noqa: F401  (a fixture)
-from train import growing, lock, rundir, storage
+from train import lock, rundir, storage
 from train.errors import RunError, UsageError
 from train.lock import Lock
 from train.loop import train
-from train.metrics_file import JsonLines
-from train.writers import Console, TensorBoard, Writers, open_writers
+from train.writers import Console, TensorBoard, Writers, growing, open_writers
+from train.writers.metrics_file import JsonLines
 
 TOY = "--config=tests/train/toy_config.py:quickstart"
 SECRET = "c2VjcmV0LXNpZ25hdHVyZQ"
@@ -126,7 +126,7 @@ def test_f10_training_survives_metrics_and_tensorboard_on_a_full_disk(
 def test_f10_a_log_on_a_full_disk_stops_nothing():
     script = (
         "from train.writers import Console, Writers\n"
-        "from train.console import say\n"
+        "from train.writers.console import say\n"
         "say('before'); w = Writers(Console(5)); w.say('line')\n"
         "w.write(1, 'train', {'loss': 1.0}); w.close()"
     )

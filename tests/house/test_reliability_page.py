@@ -65,8 +65,9 @@ def test_every_named_test_of_a_promised_fault_is_still_there():
 
 
 def test_the_files_of_a_workdir_are_those_that_the_code_names():
-    from train import lock, manifest, run, rundir, starts
-    from train.checkpoint_folder import DAMAGED, FROZEN
+    from train import lock, run, rundir, starts
+    from train.checkpoint import manifest
+    from train.checkpoint.folder import DAMAGED, FROZEN
 
     page = _section("The workdir")
     for name in (lock.FILE, manifest.NAME, rundir.CONFIG, run.OWED, starts.FILE, DAMAGED, FROZEN):

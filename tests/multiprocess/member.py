@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from train import cli, main, manifest
-from train.checkpoint import Checkpoints
+from train import cli, main
+from train.checkpoint import Checkpoints, manifest
 from train.compiled import PerShape
 from train.signals import StopRequest
 

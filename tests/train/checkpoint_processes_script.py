@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.train import checkpoint_cases as cases
-from train import checkpoint_arrays, distributed, manifest
-from train.checkpoint import Checkpoints
+from train import distributed
+from train.checkpoint import Checkpoints, manifest
+from train.checkpoint import arrays as arrays_lib
 from train.errors import UsageError
 from train.state import TrainState
 
@@ -70,10 +71,10 @@ def polled(saved: Checkpoints, step: int) -> str | None:
 
 def failures(folder: pathlib.Path, me: int) -> None:
     """One process fails; both hear of it, and both save again."""
-    checkpoint_arrays._SECONDS = 5  # the other waits for it no longer
+    arrays_lib._SECONDS = 5  # the other waits for it no longer
     with Checkpoints(folder / "failing") as saved:
         if me == 1:
-            fails_once(checkpoint_arrays, "progress_file", OSError(28, "No space left"))
+            fails_once(arrays_lib, "progress_file", OSError(28, "No space left"))
         error = polled(saved, 1)
         assert "process 1: OSError: [Errno 28] No space left" == error, error
         assert polled(saved, 1) is None

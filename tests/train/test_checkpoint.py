@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.train import checkpoint_cases as cases
-from train import manifest
-from train.checkpoint import Checkpoints, find, load_params
-from train.checkpoint_folder import Retention
+from train.checkpoint import Checkpoints, find, load_params, manifest
+from train.checkpoint.folder import Retention
 from train.errors import CheckpointError, UsageError
 
 

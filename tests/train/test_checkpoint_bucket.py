@@ -12,8 +12,10 @@ from etils import epath
 
 from tests.train import checkpoint_cases as cases
 from tests.train.cloud import HttpError, cloud
-from train import checkpoint_arrays, checkpoint_writer, manifest, storage
-from train.checkpoint import Checkpoints, load_params
+from train import storage
+from train.checkpoint import Checkpoints, load_params, manifest
+from train.checkpoint import arrays as arrays_lib
+from train.checkpoint import writer as writer_lib
 from train.errors import CheckpointError
 
 __all__ = ["cloud"]
@@ -28,7 +30,7 @@ class PlainWriter:
         pass
 
     def start(self, folder, trees, progress):
-        self.files = {checkpoint_arrays.progress_file(0, 1): progress.encode()}
+        self.files = {arrays_lib.progress_file(0, 1): progress.encode()}
         for item, tree in trees.items():
             arrays, file = jax.tree.leaves(tree), io.BytesIO()
             raw = [np.frombuffer(np.asarray(a).tobytes(), np.uint8) for a in arrays]
@@ -58,8 +60,8 @@ def plain_read(folder, tree):
 
 @pytest.fixture(autouse=True)
 def plain(cloud, monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "ArrayWriter", PlainWriter)
-    monkeypatch.setattr(checkpoint_arrays, "read", plain_read)
+    monkeypatch.setattr(writer_lib, "ArrayWriter", PlainWriter)
+    monkeypatch.setattr(arrays_lib, "read", plain_read)
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
 
 

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.train import checkpoint_cases as cases
-from train import checkpoint_leaves as leaves
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, leaves
 
 Slots = collections.namedtuple("Slots", "mu nu")
 DTYPES = ("bool", "int8", "uint4", "uint32", "int32", "float16", "bfloat16", "float32")

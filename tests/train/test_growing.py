@@ -8,8 +8,9 @@ import pytest
 from etils import epath
 
 from tests.train.cloud import HttpError, cloud  # noqa: F401  (a fixture)
-from train import growing, storage
-from train.growing import Uploader, open_growing
+from train import storage
+from train.writers import growing
+from train.writers.growing import Uploader, open_growing
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from tests.train.cloud import cloud  # noqa: F401  (a fixture)
-from train.tensorboard_writer import TensorBoard
+from train.writers.tensorboard import TensorBoard
 
 
 def events(path):

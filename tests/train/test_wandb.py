@@ -7,10 +7,10 @@ import types
 import pytest
 
 from tests.train import runs
-from train import wandb_writer
 from train.errors import UsageError
-from train.wandb_writer import WeightsAndBiases
 from train.writers import open_writers
+from train.writers import wandb as wandb_writer
+from train.writers.wandb import WeightsAndBiases
 
 
 class Server:

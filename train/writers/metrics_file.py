@@ -9,8 +9,8 @@ from etils import epath
 
 from train import storage
 from train.errors import UsageError
-from train.growing import open_growing
 from train.storage import Say
+from train.writers.growing import open_growing
 
 
 class JsonLines:

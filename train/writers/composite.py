@@ -9,11 +9,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from train import storage
-from train.console import TRAIN, Console, duration
 from train.errors import UsageError
-from train.metrics_file import JsonLines
-from train.tensorboard_writer import TensorBoard
-from train.wandb_writer import WeightsAndBiases
+from train.writers.console import TRAIN, Console, duration
+from train.writers.metrics_file import JsonLines
+from train.writers.tensorboard import TensorBoard
+from train.writers.wandb import WeightsAndBiases
 
 __all__ = ["TRAIN", "Console", "JsonLines", "TensorBoard", "Writers", "duration", "open_writers"]
 

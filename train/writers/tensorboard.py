@@ -14,8 +14,8 @@ from typing import Any
 from etils import epath
 
 from train import storage
-from train.growing import open_growing
 from train.storage import Say
+from train.writers.growing import open_growing
 
 _PREFIX = "events.out.tfevents."
 

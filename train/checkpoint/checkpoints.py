@@ -18,9 +18,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from train import checkpoint_leaves, checkpoint_reader, distributed, manifest, storage
-from train.checkpoint_folder import FROZEN, Folder, Retention
-from train.checkpoint_writer import Metric, Writer
+from train import distributed, storage
+from train.checkpoint import leaves as leaves_lib
+from train.checkpoint import manifest
+from train.checkpoint import reader as reader_lib
+from train.checkpoint.folder import FROZEN, Folder, Retention
+from train.checkpoint.writer import Metric, Writer
 from train.errors import CheckpointError, UsageError
 from train.state import Layout, TrainState
 
@@ -170,10 +173,10 @@ class Checkpoints:
             self._say(self._news_line())
 
     def _load(self, step: int, plan: TrainState) -> Restored:
-        checkpoint_reader.check_state(self._folder, step, plan)
-        progress = checkpoint_reader.load_progress(self._folder, step)
-        found = checkpoint_reader.load(self._folder, step, checkpoint_leaves.items(plan))
-        return Restored(step, checkpoint_leaves.assemble(plan, found), progress)
+        reader_lib.check_state(self._folder, step, plan)
+        progress = reader_lib.load_progress(self._folder, step)
+        found = reader_lib.load(self._folder, step, leaves_lib.items(plan))
+        return Restored(step, leaves_lib.assemble(plan, found), progress)
 
     def _newest_whole(self) -> int | None:
         """Process 0: the newest step that is whole; moves the damaged ones out of the way."""
@@ -190,7 +193,7 @@ class Checkpoints:
             if self._folder.unfinished(step):
                 self._say(f"checkpoint {step} was not finished when the run ended: passed over")
                 continue
-            reason = checkpoint_reader.damage(self._folder, step)
+            reason = reader_lib.damage(self._folder, step)
             if reason is None:
                 return step
             place = self._folder.set_aside(step, reason)
@@ -322,23 +325,23 @@ def load_params(path: epath.PathLike, abstract: Tree, step: int | None = None) -
     itself = storage.absolute(path) == folder.path(newest)
     chosen = itself or step is not None
     step = distributed.first(lambda: _whole(folder, newest, [newest] if chosen else folder.steps()))
-    wanted = checkpoint_leaves.named(abstract)
-    stored = checkpoint_reader.stored_leaves(folder, step)
+    wanted = leaves_lib.named(abstract)
+    stored = reader_lib.stored_leaves(folder, step)
     every = {**stored["params"], **stored[FROZEN]}
-    checkpoint_reader.check_same(every, wanted, f"checkpoint {folder.path(step)}")
+    reader_lib.check_same(every, wanted, f"checkpoint {folder.path(step)}")
     items = {
         item: {path: leaf for path, leaf in wanted.items() if path in stored[item]}
         for item in ("params", FROZEN)
     }
-    found = checkpoint_reader.load(folder, step, items)
-    return checkpoint_leaves.fill(abstract, {**found["params"], **found[FROZEN]}), step
+    found = reader_lib.load(folder, step, items)
+    return leaves_lib.fill(abstract, {**found["params"], **found[FROZEN]}), step
 
 
 def _whole(folder: Folder, newest: int, steps: list[int]) -> int:
     """Process 0: the newest of `steps` whose weights are whole."""
     reasons: list[str] = []
     for step in sorted((s for s in steps if s <= newest), reverse=True):
-        reason = checkpoint_reader.damage(folder, step, ("params/",))
+        reason = reader_lib.damage(folder, step, ("params/",))
         if reason is None:
             for line in reasons:
                 print(f"{line}; taking checkpoint {step}", flush=True)

@@ -7,10 +7,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from train import checkpoint_arrays, checkpoint_leaves, manifest, storage
-from train.checkpoint_folder import FROZEN, Folder
+from train import storage
+from train.checkpoint import arrays as arrays_lib
+from train.checkpoint import leaves as leaves_lib
+from train.checkpoint import manifest
+from train.checkpoint.folder import FROZEN, Folder
+from train.checkpoint.manifest import Manifest
 from train.errors import CheckpointError, UsageError
-from train.manifest import Manifest
 from train.state import TrainState
 
 Tree = Any
@@ -81,8 +84,8 @@ def load(folder: Folder, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]
         where = folder.frozen if item == FROZEN else place / item
         packed = described[item]["packed"]
         try:
-            tree = checkpoint_arrays.read(where, checkpoint_leaves.stored_tree(leaves, packed))
-            found[item] = checkpoint_leaves.unpack(tree, leaves, packed)
+            tree = arrays_lib.read(where, leaves_lib.stored_tree(leaves, packed))
+            found[item] = leaves_lib.unpack(tree, leaves, packed)
         except Exception as error:
             reason = f"{item} cannot be read: {manifest.one_line(error)}"
             raise failure(step, place, reason) from error
@@ -114,7 +117,7 @@ def check_state(folder: Folder, step: int, plan: TrainState) -> None:
     Raises:
       UsageError: they differ; every kind of difference is listed by path.
     """
-    wanted, stored = checkpoint_leaves.items(plan), stored_leaves(folder, step)
+    wanted, stored = leaves_lib.items(plan), stored_leaves(folder, step)
     what = f"checkpoint {step} ({folder.path(step)})"
     every = {**stored["params"], **stored[FROZEN]}
     check_same(every, {**wanted["params"], **wanted[FROZEN]}, f"{what}, params")
@@ -128,14 +131,14 @@ def check_same(stored: Mapping[str, str], wanted: Mapping[str, Any], what: str) 
     """Compares stored leaves with wanted ones by path, shape and dtype.
 
     Args:
-      stored: {path: as `checkpoint_leaves.describe` says}.
+      stored: {path: as `leaves_lib.describe` says}.
       wanted: {path: something with shape and dtype}.
       what: names the stored ones in the message.
 
     Raises:
       UsageError: they differ; every kind of difference is listed.
     """
-    described = {path: checkpoint_leaves.describe(leaf) for path, leaf in wanted.items()}
+    described = {path: leaves_lib.describe(leaf) for path, leaf in wanted.items()}
     lines = [f"missing {path} {described[path]}" for path in sorted(described.keys() - stored)]
     lines += [f"unexpected {path} {stored[path]}" for path in sorted(stored.keys() - described)]
     lines += [
@@ -164,10 +167,10 @@ def load_progress(folder: Folder, step: int) -> dict[str, Any]:
       UsageError: another number of processes saved it, each at a place of its own in the data.
     """
     place = folder.path(step)
-    own = checkpoint_arrays.progress_file(jax.process_index(), jax.process_count())
+    own = arrays_lib.progress_file(jax.process_index(), jax.process_count())
     try:
         files = manifest.read(place).files
-        names = [n for n in files if n.startswith(f"{checkpoint_arrays.PROGRESS}/process_")]
+        names = [n for n in files if n.startswith(f"{arrays_lib.PROGRESS}/process_")]
         if own in names:
             return json.loads((place / own).read_text())
         every = [json.loads((place / name).read_text()) for name in sorted(names)]
@@ -178,5 +181,5 @@ def load_progress(folder: Folder, step: int) -> dict[str, Any]:
             f"checkpoint {step} ({place}) was saved by {len(every)} processes, each at its own "
             f"place in the data; it cannot be continued by {jax.process_count()}"
         )
-    first = checkpoint_arrays.progress_file(0, len(every))
+    first = arrays_lib.progress_file(0, len(every))
     return every[sorted(names).index(first)]

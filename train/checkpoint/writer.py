@@ -14,9 +14,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from train import checkpoint_leaves, manifest
-from train.checkpoint_arrays import ArrayWriter
-from train.checkpoint_folder import FROZEN, Folder, Retention
+from train.checkpoint import leaves as leaves_lib
+from train.checkpoint import manifest
+from train.checkpoint.arrays import ArrayWriter
+from train.checkpoint.folder import FROZEN, Folder, Retention
 from train.state import TrainState
 
 
@@ -70,7 +71,7 @@ class Writer:
           progress: JSON text of this process.
           metric: what the step is ranked by.
         """
-        items = checkpoint_leaves.items(state)
+        items = leaves_lib.items(state)
         frozen = items.pop(FROZEN)
         if frozen and self.frozen is None:
             items[FROZEN] = frozen
@@ -178,8 +179,8 @@ def _described(items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     """Returns ({item: tree for orbax}, {item: what the manifest says of its leaves})."""
     trees, facts = {}, {}
     for name, leaves in items.items():
-        trees[name], packed = checkpoint_leaves.pack(leaves)
-        described = {path: checkpoint_leaves.describe(leaf) for path, leaf in leaves.items()}
+        trees[name], packed = leaves_lib.pack(leaves)
+        described = {path: leaves_lib.describe(leaf) for path, leaf in leaves.items()}
         facts[name] = {"leaves": described, "packed": packed}
     return trees, facts
 

@@ -1,0 +1,1 @@
+"""What a step costs on hardware, told by its compiler without the hardware."""
