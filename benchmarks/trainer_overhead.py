@@ -41,7 +41,7 @@ _CUT: dict[str, Any] = {
     "data.curriculum_steps": (),
     "data.validation_documents": 8,
 }
-LOOP = vcc.PRESETS["quickstart"] | _CUT | {"data.length": 1024, "data.fact_groups": 4}
+LOOP = vcc.PRESETS["quickstart"] | _CUT | {"data.length": 512, "data.fact_groups": 2}
 # 12.6 million parameters, with both moments of Adam about 150 MB; short documents, short steps.
 SAVES = LOOP | {
     "batch_size": 1,

@@ -66,10 +66,13 @@ def place(batch: dict[str, np.ndarray], mesh: Mesh, position: str | None = None)
             f"a multiple of the {mesh.size} devices; change batch_size or the mesh."
         )
     sharding = partitioning.batch_sharding(mesh)
-    placed = {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in arrays.items()
-    }
+    if processes == 1:
+        placed = jax.device_put(arrays, sharding)  # all at once: a third of the time
+    else:
+        placed = {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in arrays.items()
+        }
     return Placed(placed, next(iter(rows.values())), processes * _tokens(arrays), position)
 
 

@@ -73,9 +73,9 @@ def test_the_peak_of_all_hardware_in_the_table_is_known():
 
 
 def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     assert topology.parse("h200").memory == 112_500_000_000
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert topology.parse("h200").memory == 135_000_000_000
 
 

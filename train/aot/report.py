@@ -333,7 +333,7 @@ def _gpu_note(topology: Topology) -> str:
     share = topology.memory / topology.chip.memory
     return (
         f"{share:.0%} of {size(topology.chip.memory)}: what jax takes; "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 gives it more"
+        "XLA_CLIENT_MEM_FRACTION=0.9 gives it more"
     )
 
 

@@ -131,7 +131,7 @@ platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 10 }}  device_descrip
 
 _EXAMPLES = "v5e:4x4, v5p:2x2x2, h200:8, cpu:8"
 # jax takes this share of a GPU's memory unless the environment says otherwise.
-_GPU_SHARE = ("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)
+_GPU_SHARE = ("XLA_CLIENT_MEM_FRACTION", 0.75)
 
 
 @dataclasses.dataclass(frozen=True)
