@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
@@ -279,9 +281,12 @@ def start_processes(command: Command, config: ConfigDict | None = None) -> None:
 def run(command: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command on this process's arguments and leaves.
 
-    Status 0: done; 1: failed; 2: asked for wrongly, nothing was compiled; 143: stopped by a signal
-    after saving. A failure that has a name is one line; any other keeps Python's traceback.
+    Status 0: done; 1: failed; 2: asked for wrongly, nothing was compiled; 143: stopped by a signal,
+    what was trained is saved. A failure that has a name is one line; any other keeps Python's
+    traceback.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stopped)  # training has a handler of its own, `train.signals`
     try:
         command(sys.argv[1:])
         status = 0
@@ -297,6 +302,12 @@ def run(command: Callable[[Sequence[str]], None]) -> NoReturn:
 
         distributed.leave(status)
     raise SystemExit(status)
+
+
+def _stopped(number: int, _: FrameType | None) -> None:
+    """Leaves at once, where there is nothing to finish: before the training, and after it."""
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + signal.SIGTERM)
 
 
 def _say_error(error: Exception) -> int:

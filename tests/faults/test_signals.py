@@ -139,3 +139,13 @@ def test_a_library_call_outside_the_main_thread_takes_no_signals(whole, tmp_path
     assert ends[0].step == 20
     check_same(tmp_path, whole)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_f01_before_and_after_the_training_a_signal_leaves_at_once_with_143(name):
+    script = (
+        "import os, signal\nfrom train import cli\n"
+        f"cli.run(lambda arguments: os.kill(os.getpid(), signal.{name}))"
+    )
+    found = runs.python("-c", script)
+    assert (found.returncode, found.stderr) == (143, f"stopped by {name}\n")
