@@ -125,7 +125,7 @@ def _unknown_flag(name: str, known: list[str]) -> UsageError:
 
 
 def _help(flags: Sequence[Flag], usage: str) -> str:
-    width = max(len(flag.name) for flag in flags) + 4
+    width = max(len("--config.NAME=VALUE"), *(len(flag.name) + 2 for flag in flags)) + 2
     lines = [f"usage: {usage}", ""]
     lines += [f"  {'--' + flag.name:<{width}}{flag.meaning}" for flag in flags]
     lines.append(f"  {'--config.NAME=VALUE':<{width}}another value for a field of the config")

@@ -167,9 +167,14 @@ def _record_start(workdir: epath.Path, mesh: Mesh, found: Restored | None) -> No
 
 
 def _owed(workdir: epath.Path, found: Restored | None) -> bool:
-    """Whether the evaluation of the restored step was interrupted."""
+    """Whether the evaluation of the restored step was interrupted; forgets that of another step."""
     note = workdir / OWED
-    return bool(found) and note.exists() and note.read_text().strip() == str(found.step)
+    if not note.exists():
+        return False
+    if found and note.read_text().strip() == str(found.step):
+        return True
+    note.unlink()
+    return False
 
 
 def _new_state(task: Task, config: ConfigDict, mesh: Mesh, plan: Layout) -> TrainState:

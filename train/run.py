@@ -100,7 +100,7 @@ class Run:
         self._watchdog = Watchdog(config.watchdog_seconds, self._doing)
         self._profile = Profile(parts.workdir, config.profile, parts.writers.say)
         self._position = progress.get("position")
-        self._owed = parts.workdir / OWED
+        self._owed = parts.owed
         self._metric: tuple[int, float | None] = (-1, None)  # step and value of best_metric
         self._last_saved = counters.step if progress else 0
         self._retries = sum(storage.RETRIES.values())
@@ -129,7 +129,7 @@ class Run:
 
     def _train(self, state: TrainState) -> tuple[TrainState, Results]:
         results: Results = {}
-        if self._parts.owed:
+        if self._owed:
             results = self._evaluate(state)
         while not self._stop.reached() and self.step < self._config.total_steps:
             state = self._step(state, self._next_batch())
@@ -236,10 +236,11 @@ class Run:
 
     def _note_owed(self, owed: bool) -> None:
         """Keeps in the workdir that the evaluation of this step is still to be made, or is not."""
+        note, before, self._owed = self._parts.workdir / OWED, self._owed, owed
         if jax.process_index() == 0 and owed:
-            self._owed.write_text(str(self.step))
-        elif jax.process_index() == 0:
-            self._owed.unlink(missing_ok=True)
+            note.write_text(str(self.step))
+        elif jax.process_index() == 0 and before:
+            note.unlink(missing_ok=True)
 
     def _interrupted(self) -> bool:
         self._watchdog.beat()

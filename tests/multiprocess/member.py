@@ -16,9 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
+from tests.faults.interrupted import after
 from train import cli, main
 from train.checkpoint import Checkpoints, manifest
 from train.compiled import PerShape
@@ -36,20 +36,6 @@ def slow_down(seconds: float) -> None:
         return plain(self, *arguments)
 
     PerShape.__call__ = call
-
-
-def after(owner: Any, name: str, number: int, action: Callable[[], None]) -> None:
-    """Lets `action` follow call `number` of a function."""
-    plain, calls = getattr(owner, name), []
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        result = plain(*arguments, **named)
-        if len(calls) == number:
-            action()
-        return result
-
-    setattr(owner, name, counted)
 
 
 def hold_manifests(number: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jaxmodels.core import params as params_lib
 from tests.train import runs, toy, toy_config
 from train import cli, evaluate, predict
-from train.checkpoint import load_params
+from train.checkpoint import load_params, manifest
 from train.errors import UsageError
 from train.loop import train
 from train.trained import open_run
@@ -228,6 +228,39 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     train(config, tmp_path / "run", toy_config.FIELDS)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "5"]
     assert list(runs.curve(tmp_path / "run")) == [1, 3, 5]
+
+
+def test_the_best_checkpoints_stay_besides_the_newest(tmp_path):
+    settings = {"eval_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "keep_best": 2}
+    config = runs.config(
+        **settings, best_metric="valid/accuracy", optimizer__learning_rate=0.5, total_steps=12
+    )
+    train(config, tmp_path, toy_config.FIELDS)
+    found = {r["step"]: r["accuracy"] for r in runs.lines(tmp_path, "valid")}
+    best = sorted(found, key=lambda step: (found[step], step))[-2:]
+    assert runs.steps_saved(tmp_path) == sorted({*best, 12})
+    assert set(best) != {11, 12}  # else the newest would be the best, and this would show nothing
+
+
+def test_a_failed_background_write_is_noticed_by_the_next_line_and_made_good(
+    finished, tmp_path, monkeypatch, capsys
+):
+    plain, failed = manifest.write, []
+
+    def fails_once(folder, facts):
+        if not failed:
+            failed.append(folder)
+            raise OSError(5, "Input/output error")
+        return plain(folder, facts)
+
+    monkeypatch.setattr(manifest, "write", fails_once)
+    train(runs.config(**SETTINGS), tmp_path, toy_config.FIELDS)
+    said = capsys.readouterr().out
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning: a checkpoint")]
+    step = int(warning.rsplit(" ", 1)[1])
+    assert "Input/output error" in warning and 11 <= step <= 20
+    assert step in runs.steps_saved(tmp_path) and runs.is_whole(tmp_path, step)
+    assert runs.curve(tmp_path) == runs.curve(finished[0])
 
 
 def test_tensorboard_events_are_written(finished):
