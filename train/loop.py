@@ -57,6 +57,7 @@ def train(
     mesh = devices.start(config)
     task = distributed.together(lambda: _checked_task(config))
     distributed.first(lambda: storage.probe(workdir, _say))
+    storage.check_shared(workdir)
     with contextlib.ExitStack() as stack:
         lock = Lock(workdir, _say)
         distributed.first(lambda: stack.enter_context(lock) and None)
@@ -81,7 +82,8 @@ def train(
         state = found.state if found else _new_state(task, config, mesh, plan)
         distributed.first(lambda: rundir.save_config(workdir, config))
         distributed.first(lambda: _record_start(workdir, mesh, found))
-        writers = stack.enter_context(open_writers(workdir, config, found.step if found else 0))
+        opened = open_writers(workdir, config, found.step if found else 0)
+        writers = distributed.together(lambda: stack.enter_context(opened))
         writers.say(f"continuing from step {found.step}" if found else "starting from step 0")
         parts = Parts(
             task,

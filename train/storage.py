@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import jax
 from etils import epath
 
+from train import distributed
 from train.errors import RunError, UsageError
 from train.redact import redact
 
@@ -93,6 +95,44 @@ def probe(workdir: epath.PathLike, say: Say = print) -> None:
                 f"{ATTEMPTS} attempts; start again later"
             ) from error
         raise UsageError(f"--workdir={workdir} cannot be used: {_reason(place, error)}") from error
+
+
+def check_shared(workdir: epath.PathLike, patience: float = 20.0) -> None:
+    """Checks that every process sees the same folder; all call it, once the folder is there.
+
+    Args:
+      workdir: of the run.
+      patience: seconds in which what one process writes must reach the others.
+
+    Raises:
+      UsageError: what process 0 writes is not seen elsewhere.
+    """
+    if jax.process_count() == 1:
+        return
+    place = folder(workdir)
+    name = distributed.first(lambda: _leave_token(place))
+    try:
+        distributed.together(lambda: _await_token(place, name, patience))
+    finally:
+        distributed.first(lambda: (place / name).unlink(missing_ok=True))
+
+
+def _leave_token(place: epath.Path) -> str:
+    name = f".seen-by-all-{secrets.token_hex(4)}"
+    (place / name).write_text(name)
+    return name
+
+
+def _await_token(place: epath.Path, name: str, patience: float) -> None:
+    end = time.monotonic() + patience
+    while not (place / name).exists():
+        if time.monotonic() > end:
+            raise UsageError(
+                f"--workdir={place} is not the same folder on every host: this process does not "
+                f"see what process 0 wrote there {patience:.0f} s ago; use a file system that all "
+                "share, or a bucket (gs://...)"
+            )
+        time.sleep(0.2)
 
 
 def retry(action: Callable[[], T], say: Say = print, attempts: int = ATTEMPTS) -> T:

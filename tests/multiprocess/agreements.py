@@ -5,12 +5,13 @@ python -m tests.multiprocess.agreements FLAGS...
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from train import cli, distributed
+from train import cli, distributed, storage
 from train.errors import RunError, UsageError
 
 
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> None:
             lambda: same("config", {"seed": index // 2, "a": 1} | ({"only": "x"} if index else {}))
         ),
         "guarded": outcome(guarded),
+        "shared": outcome(lambda: storage.check_shared(first(tempfile.mkdtemp))),
+        "not shared": outcome(lambda: storage.check_shared(tempfile.mkdtemp(), patience=0.5)),
     }
     print(json.dumps(found), flush=True)
     same("config", {"seed": 1})

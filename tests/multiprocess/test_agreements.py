@@ -64,6 +64,14 @@ def test_what_differs_is_named_with_its_processes(found):
     assert "config.a" not in text and "source code" not in text
 
 
+def test_a_workdir_on_a_disk_of_its_own_is_refused_on_every_host(found):
+    assert everywhere(found, "shared") == [None] * 3
+    first, *others = everywhere(found, "not shared")
+    assert first[1].startswith("process 1: --workdir=")
+    for kind, text in others:
+        assert kind == "UsageError" and "is not the same folder on every host" in text
+
+
 def test_f29_other_source_code_on_one_process_ends_all(tmp_path):
     edited = tmp_path / "edited"
     for folder in ("train", "configs", "jaxmodels", "kernels_pallas", "tests"):
