@@ -10,6 +10,8 @@ from collections.abc import Iterator
 # Before jax is imported. JAX_PLATFORMS=cuda (or tpu) runs the same tests on that device.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+_ENVIRONMENT = frozenset(os.environ)
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
@@ -38,7 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a device that is not here, and says so."""
+    """Skips what needs a device that is not here, and says so; no import may set a variable."""
+    added = sorted(os.environ.keys() - _ENVIRONMENT - {"PYTEST_CURRENT_TEST"})
+    leaked = [name for name in added if name.startswith(("JAX_", "XLA_"))]
+    assert not leaked, f"an imported test module sets {leaked} for the processes of all others"
     marked = {name for item in items for name in ("gpu", "tpu") if item.get_closest_marker(name)}
     present = jax.default_backend() if marked else ""
     for item in items:

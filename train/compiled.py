@@ -9,6 +9,9 @@ from jaxmodels.core.task import Batch
 from train.flops import count_flops
 
 
+_SHOWN = 2  # changed arrays in a line
+
+
 class PerShape:
     """Calls `function(first, batch)` by programs compiled ahead, one a batch shape.
 
@@ -52,7 +55,9 @@ class PerShape:
             for key in (list(self._programs)[-1], self._key(batch))
         )
         names = [name for name in now | before if now.get(name) != before.get(name)]
-        return ", ".join(f"{n} {_text(before.get(n))} -> {_text(now.get(n))}" for n in names)
+        names.sort(key=lambda name: name != "input_ids")
+        said = [f"{n} {_text(before.get(n))} -> {_text(now.get(n))}" for n in names[:_SHOWN]]
+        return ", ".join(said) + (f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else "")
 
     def flops(self, batch: Batch) -> int:
         """FLOPs of one call with a batch of this shape, all devices together."""

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The references are float32 on CPU; accelerators multiply in reduced precision by default.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Each program runs once on a few numbers: compiling it is all that takes time.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if __name__ == "__main__":  # imported by a test, this must not reach the processes of other tests
+    # The references are float32 on CPU; accelerators multiply in reduced precision by default.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Each program runs once on a few numbers: compiling it is all that takes time.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 from .fixtures import check  # noqa: E402
 
