@@ -297,11 +297,15 @@ def run(command: Callable[[Sequence[str]], None]) -> NoReturn:
     except Exception as error:
         explained = _explained(error)
         status = _say_error(explained) if explained else _say_traceback()
-    if "jax" in sys.modules:
-        from train import distributed
+    try:
+        if "jax" in sys.modules:
+            from train import distributed
 
-        distributed.leave(status)
-    raise SystemExit(status)
+            distributed.leave(status)
+        raise SystemExit(status)
+    finally:  # Python drops its handlers while it ends: a signal then would change the status
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _stopped(number: int, _: FrameType | None) -> None:

@@ -8,7 +8,6 @@ import jax
 from jaxmodels.core.task import Batch
 from train.flops import count_flops
 
-
 _SHOWN = 2  # changed arrays in a line
 
 

@@ -149,3 +149,12 @@ def test_f01_before_and_after_the_training_a_signal_leaves_at_once_with_143(name
     )
     found = runs.python("-c", script)
     assert (found.returncode, found.stderr) == (143, f"stopped by {name}\n")
+
+
+def test_f01_a_signal_while_python_ends_changes_no_status():
+    script = (
+        "import atexit, os, signal\nfrom train import cli\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\ncli.run(print)"
+    )
+    found = runs.python("-c", script)
+    assert (found.returncode, found.stderr) == (0, "")
