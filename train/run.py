@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxmodels.core.task import Task
 from train import storage
 from train.aot import memory
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, retry_line
 from train.clock import Clock
 from train.compiled import PerShape, shapes
 from train.errors import RunError, UsageError
@@ -266,9 +266,7 @@ class Run:
         self._watchdog.beat()
 
     def _retry(self, state: TrainState, reason: str) -> None:
-        self._writers.say(
-            f"warning: a checkpoint was not written ({reason}); saving step {self.step}"
-        )
+        self._writers.say(retry_line(reason, self.step))
         self._save(state)
 
     def _finish_saving(self, state: TrainState) -> None:

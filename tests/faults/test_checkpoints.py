@@ -262,7 +262,8 @@ def test_f09_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         monkeypatch.setattr(folder_lib.Folder, "begin", refuse)
         for step in (1, 2):
             saved.save(step, cases.state(step), {})
-            assert saved.poll() == "PermissionError: [Errno 13] Permission denied"
+            failure = "PermissionError: [Errno 13] Permission denied"
+            assert saved.poll() == f"checkpoint {step} was not written: {failure}"
             assert saved.poll() is None  # told once
         with pytest.raises(CheckpointError, match=r"Permission denied; no step is saved"):
             saved.save(3, cases.state(3), {})

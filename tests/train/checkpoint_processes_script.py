@@ -76,12 +76,14 @@ def failures(folder: pathlib.Path, me: int) -> None:
         if me == 1:
             fails_once(arrays_lib, "progress_file", OSError(28, "No space left"))
         error = polled(saved, 1)
-        assert "process 1: OSError: [Errno 28] No space left" == error, error
+        failure = "checkpoint 1 was not written: process 1: OSError: [Errno 28] No space left"
+        assert error == failure
         assert polled(saved, 1) is None
         if me == 0:
             fails_once(manifest, "write", OSError(5, "Input/output error"))
         error = polled(saved, 2)
-        assert "process 0: OSError: [Errno 5] Input/output error" == error, error
+        failure = "checkpoint 2 was not written: process 0: OSError: [Errno 5] Input/output error"
+        assert error == failure
         assert saved.wait() is None
         assert polled(saved, 3) is None
         same(saved.restore(cases.plan(placed(0))).state, placed(3))

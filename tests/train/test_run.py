@@ -12,7 +12,7 @@ import pytest
 from jaxmodels.core import params as params_lib
 from tests.train import runs, toy, toy_config
 from train import cli, evaluate, predict
-from train.checkpoint import load_params, manifest
+from train.checkpoint import Checkpoints, load_params, manifest
 from train.errors import UsageError
 from train.loop import train
 from train.trained import open_run
@@ -245,6 +245,32 @@ def test_the_best_checkpoints_stay_besides_the_newest(tmp_path):
 def test_a_failed_background_write_is_noticed_by_the_next_line_and_made_good(
     finished, tmp_path, monkeypatch, capsys
 ):
+    plain, look, failed = manifest.write, Checkpoints.poll, []
+
+    def look_when_settled(saved):  # twenty steps of the toy may be over before a write has failed
+        saved._writer.state(seconds=60)
+        return look(saved)
+
+    def fails_once(folder, facts):
+        if not failed:
+            failed.append(folder)
+            raise OSError(5, "Input/output error")
+        return plain(folder, facts)
+
+    monkeypatch.setattr(manifest, "write", fails_once)
+    monkeypatch.setattr(Checkpoints, "poll", look_when_settled)
+    train(runs.config(**SETTINGS), tmp_path, toy_config.FIELDS)
+    said = capsys.readouterr().out
+    warnings_said = [line for line in said.splitlines() if line.startswith("warning: ")]
+    failure = "checkpoint 10 was not written: OSError: [Errno 5] Input/output error"
+    assert warnings_said == [f"warning: {failure}; saving step 11"]
+    assert runs.is_whole(tmp_path, 11)
+    assert runs.curve(tmp_path) == runs.curve(finished[0])
+
+
+def test_a_failed_write_that_ends_after_the_last_line_is_told_before_the_next_save(
+    finished, tmp_path, monkeypatch, capsys
+):
     plain, failed = manifest.write, []
 
     def fails_once(folder, facts):
@@ -254,13 +280,13 @@ def test_a_failed_background_write_is_noticed_by_the_next_line_and_made_good(
         return plain(folder, facts)
 
     monkeypatch.setattr(manifest, "write", fails_once)
+    monkeypatch.setattr(Checkpoints, "poll", lambda saved: None)  # every line came too early
     train(runs.config(**SETTINGS), tmp_path, toy_config.FIELDS)
     said = capsys.readouterr().out
-    (warning,) = [line for line in said.splitlines() if line.startswith("warning: a checkpoint")]
-    step = int(warning.rsplit(" ", 1)[1])
-    assert "Input/output error" in warning and 11 <= step <= 20
-    assert step in runs.steps_saved(tmp_path) and runs.is_whole(tmp_path, step)
-    assert runs.curve(tmp_path) == runs.curve(finished[0])
+    warnings_said = [line for line in said.splitlines() if line.startswith("warning: ")]
+    failure = "checkpoint 10 was not written: OSError: [Errno 5] Input/output error"
+    assert warnings_said == [f"warning: {failure}; saving step 20"]
+    assert runs.steps_saved(tmp_path) == [20] and runs.is_whole(tmp_path, 20)
 
 
 def test_tensorboard_events_are_written(finished):

@@ -1,5 +1,5 @@
 """Checkpoints of a run: written in the background, proven whole, restored or refused in words."""
 
-from train.checkpoint.checkpoints import Checkpoints, Restored, find, load_params
+from train.checkpoint.checkpoints import Checkpoints, Restored, find, load_params, retry_line
 
-__all__ = ["Checkpoints", "Restored", "find", "load_params"]
+__all__ = ["Checkpoints", "Restored", "find", "load_params", "retry_line"]

@@ -133,7 +133,7 @@ class Checkpoints:
         self._writer.start(step, state, text, Metric(self._metric, value))
 
     def poll(self) -> str | None:
-        """Returns the error of a save that failed since the last call, else None; waits for none.
+        """Returns what failed of the saves since the last call, else None; waits for none.
 
         Raises:
           CheckpointError: this was the third failure in a row.
@@ -237,7 +237,7 @@ class Checkpoints:
                 f"saving {step}: the storage is slow, or checkpoint_every small"
             )
         if self._news:
-            self._say(self._news_line())
+            self._say(retry_line(self._news_line(), step))
             self._news = None
 
     def _wait(self) -> None:
@@ -280,8 +280,9 @@ class Checkpoints:
         return "no step is saved" if good is None else f"the last good one is {good}"
 
     def _take_news(self) -> str | None:
-        self._news, news = None, self._news
-        return news and news[1]
+        told = self._news_line() if self._news else None
+        self._news = None
+        return told
 
     def _news_line(self) -> str:
         step, error = self._news or (None, "")
@@ -294,6 +295,11 @@ class Checkpoints:
     def _say(self, text: str) -> None:
         if jax.process_index() == 0:
             self._told(text)
+
+
+def retry_line(failure: str, step: int) -> str:
+    """What is said of a save that failed, before `step` is saved in its place."""
+    return f"warning: {failure}; saving step {step}"
 
 
 def _outcome(done: bool, error: str | None) -> tuple[bool, str | None]:
