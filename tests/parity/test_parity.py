@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from .__main__ import main
-from .fixtures import adapter, array_error, check, read_case, tolerance
+from .fixtures import adapter, array_error, check, read_case
+from .tolerances import Bound, bound
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("JAXMODELS_SHARED", ROOT.parent / "shared"))
-METHODS = ("vcc",)
+METHODS = ("aim", "lemda", "pomp", "vcc")
 
 
 def shared_files() -> list[Path]:
@@ -128,6 +129,19 @@ def test_a_file_with_nothing_to_compare_fails(tmp_path: Path) -> None:
     assert "nothing to compare" in str(check(path))
 
 
+def test_references_inside_a_json_document_are_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, path = adapter("vcc"), tmp_path / "vcc" / "case.json"
+    path.parent.mkdir()
+    expected = {"sums": lambda case: {"outputs/sum": np.asarray(case.meta["sum"])}}
+    monkeypatch.setattr(module, "EXPECTED", expected, raising=False)
+    monkeypatch.setitem(module.ADAPTERS, "sums", lambda case: {"outputs/sum": sum(case.meta["of"])})
+    for wanted, ok in ((5, True), (6, False)):
+        path.write_text(json.dumps({"kind": "sums", "of": [2, 3], "sum": wanted}))
+        assert check(path).ok == ok, wanted
+
+
 def test_no_files_is_a_usage_error_of_the_command() -> None:
     run = subprocess.run([sys.executable, "-m", "tests.parity"], cwd=ROOT, capture_output=True)
     assert run.returncode == 2 and b"usage" in run.stdout
@@ -136,19 +150,36 @@ def test_no_files_is_a_usage_error_of_the_command() -> None:
 @pytest.mark.parametrize(
     ("given", "name", "wanted"),
     [
-        ({"tolerance": 3e-4}, "outputs/x", 3e-4),
-        ({"tol": 2e-3}, "grads/x", 2e-3),
-        ({}, "outputs/x", 1e-5),
-        ({"tolerance": {"forward": 1e-6, "grad": 1e-4}}, "grads/params/w", 1e-4),
-        ({"tolerance": {"forward": 1e-6, "grad": 1e-4}}, "outputs/layer0/c", 1e-6),
-        ({"tolerance": {"loss": 1e-2, "forward": 1e-6}}, "outputs/loss", 1e-2),
-        ({"tolerance": {"forward": 1e-6}}, "grads/x", 1e-5),
-        ({"tolerance": "exact for integers, 1e-6 for probabilities"}, "outputs/p", 1e-6),
-        ({"tolerance": "exact"}, "outputs/p", 0.0),
+        ({"tolerance": 3e-4}, "outputs/x", (0, 3e-4)),
+        ({"tol": 2e-3}, "grads/x", (0, 2e-3)),
+        ({}, "outputs/x", (0, 1e-5)),
+        ({"tolerance": {"forward": 1e-6, "grad": 1e-4}}, "grads/params/w", (0, 1e-4)),
+        ({"tolerance": {"forward": 1e-6, "grad": 1e-4}}, "outputs/layer0/c", (0, 1e-6)),
+        ({"tolerance": {"loss": 1e-2, "forward": 1e-6}}, "outputs/loss", (0, 1e-2)),
+        ({"tolerance": {"forward": 1e-6}}, "grads/x", (0, 1e-5)),
+        ({"tolerance": "exact for integers, 1e-6 for probabilities"}, "outputs/p", (0, 1e-6)),
+        ({"tolerance": "exact"}, "outputs/p", (0, 0)),
+        ({"tol": "abs 2e-4 (of 1; 1e-5 typical)"}, "outputs/x", (2e-4, 0)),
+        ({"tol": "exact gather (1e-6)"}, "outputs/x", (0, 1e-6)),
+        ({"tol": "5e-5 abs on features, 5e-3 on logits (scale 100)"}, "outputs/logits", (5e-3, 0)),
+        ({"tol": "5e-5 abs on features, 5e-3 on logits"}, "outputs/embed", (5e-5, 0)),
+        ({"tol": "atol 2e-5 rtol 3e-5 in float32"}, "outputs/x", (2e-5, 3e-5)),
+        ({"tol": {"atol": 1e-6, "rtol": 1e-4, "grad_atol": 2e-6}}, "outputs/x", (1e-6, 1e-4)),
+        ({"tol": {"atol": 1e-6, "grad_atol": 2e-6, "grad_rtol": 1e-3}}, "grads/x", (2e-6, 1e-3)),
+        ({"tol": {"hidden_states": "abs 2e-4"}}, "outputs/encoder_hidden_states.0", (2e-4, 0)),
+        ({"tol": {"grads": "rel 1e-3 of the maximum"}}, "grads/shared.weight", (0, 1e-3)),
     ],
 )
-def test_tolerances_are_read_from_the_file(given: dict, name: str, wanted: float) -> None:
-    assert tolerance(given, name) == wanted
+def test_tolerances_are_read_from_the_file(
+    given: dict, name: str, wanted: tuple[float, float]
+) -> None:
+    assert bound(given, name) == Bound(*wanted)
+
+
+def test_an_absolute_bound_is_absolute_whatever_the_scale() -> None:
+    assert Bound(absolute=1e-3).allows(error=9e-5, scale=10.0)
+    assert not Bound(absolute=1e-3).allows(error=2e-4, scale=10.0)
+    assert Bound(absolute=1e-3, relative=1e-4).allows(error=2e-4, scale=10.0)
 
 
 def test_rules_of_comparison() -> None:
