@@ -3,16 +3,19 @@
 Array axes: B batch, Q queries, K keys, H heads, D head width.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
 from jaxmodels.core import layers
+from jaxmodels.core.hooks import Hooks
+from jaxmodels.core.kv_cache import KVCache, cached_attention
+from jaxmodels.core.rotary import Rotary
 
 MASK_BIAS = -1000.0  # finite, so that a row with every key masked stays free of NaN
 IMPLEMENTATIONS = (None, "xla", "chunked", "cudnn")
@@ -167,100 +170,95 @@ def _chunked(
     return mixed[:, :num_queries]
 
 
-@struct.dataclass
-class KVCache:
-    """Keys and values of the tokens decoded so far, in static shapes.
-
-    Attributes:
-      key: [B, max_length, H, D].
-      value: [B, max_length, H, D].
-      length: scalar int32, tokens held.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    length: jax.Array
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], dtype: Any = jnp.float32) -> "KVCache":
-        """Returns a cache of `shape` [B, max_length, H, D] that holds nothing."""
-        zeros = jnp.zeros(shape, dtype)
-        return cls(zeros, zeros, jnp.zeros((), jnp.int32))
-
-    def append(self, key: jax.Array, value: jax.Array) -> "KVCache":
-        """Returns the cache with `key` and `value` [B, T, H, D] written after what it holds."""
-        start = (0, self.length, 0, 0)
-        return KVCache(
-            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), start),
-            self.length + key.shape[1],
-        )
-
-    def bias(self, num_queries: int) -> jax.Array:
-        """Causal bias [1, 1, T, max_length] for the last `num_queries` tokens of the cache."""
-        return causal_bias(num_queries, self.key.shape[1], self.length - num_queries)
-
-
 class MultiHeadAttention(nn.Module):
     """The four projections of attention, and attention between them.
 
     Methods take and return [B, L, d_model]; `queries`, `keys`, `values` return [B, L, H, D], so
-    that a method can score or cache them before `attend`.
+    that a method can score or cache them before `attend`. G = num_kv_heads stands for H in keys
+    and values where several query heads share one of them (grouped-query attention).
 
     Attributes:
       num_heads: H.
+      d_model: width of input and output.
       head_dim: D; default d_model / num_heads.
+      num_kv_heads: G, a divisor of H; default H.
       use_bias: the projections have biases.
+      qkv_bias: those of queries, keys and values; default `use_bias`.
       scale: of the scores; default head_dim ** -0.5 (T5: 1.0).
+      rotary: turns queries and keys by their positions.
       dropout_rate: on the attention weights while training.
       implementation: see `dot_product_attention`.
       dtype: of the matrix products.
-      kernel_init: of the projections.
+      inits: initialisers by projection name; default normal(0.02).
+      hooks: called at "<site>.query" and so on, and for keys and values at `site`.
+      site: "attention" or "cross_attention".
     """
 
     num_heads: int
     d_model: int
     head_dim: int | None = None
+    num_kv_heads: int | None = None
     use_bias: bool = True
+    qkv_bias: bool | None = None
     scale: float | None = None
+    rotary: Rotary | None = None
     dropout_rate: float = 0.0
     implementation: str | None = None
     dtype: Any = jnp.float32
-    kernel_init: layers.Initializer = nn.initializers.normal(0.02)
+    inits: Mapping[str, layers.Initializer] = dataclasses.field(default_factory=dict)
+    hooks: Hooks | None = None
+    site: str = "attention"
 
     def setup(self) -> None:
-        width = self.head_dim or self.d_model // self.num_heads
-        if self.head_dim is None and self.d_model % self.num_heads:
+        self.width = _head_width(self.num_heads, self.d_model, self.head_dim)
+        self.kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
-                "choose a divisor or set head_dim."
+                f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
+                "choose a divisor."
             )
-        self.width = width
+        normal = nn.initializers.normal(0.02)
+        qkv_bias = self.use_bias if self.qkv_bias is None else self.qkv_bias
 
-        def dense(features: int, axes: tuple[str, str]) -> layers.Dense:
-            return layers.Dense(features, axes, self.use_bias, self.dtype, self.kernel_init)
+        def dense(name: str, features: int, axes: tuple[str, str], bias: bool) -> layers.Dense:
+            init = self.inits.get(name, normal)
+            return layers.Dense(features, axes, bias, self.dtype, init)
 
-        self.query = dense(self.num_heads * width, ("embed", "heads"))
-        self.key = dense(self.num_heads * width, ("embed", "heads"))
-        self.value = dense(self.num_heads * width, ("embed", "heads"))
-        self.out = dense(self.d_model, ("heads", "embed"))
+        inner, shared = self.num_heads * self.width, self.kv_heads * self.width
+        self.query = dense("query", inner, ("embed", "heads"), qkv_bias)
+        self.key = dense("key", shared, ("embed", "heads"), qkv_bias)
+        self.value = dense("value", shared, ("embed", "heads"), qkv_bias)
+        self.out = dense("out", self.d_model, ("heads", "embed"), self.use_bias)
         self.dropout = nn.Dropout(self.dropout_rate)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, self.width)
+    def _project(self, name: str, x: jax.Array) -> jax.Array:
+        y = getattr(self, name)(x)
+        return y if self.hooks is None else self.hooks.output(f"{self.site}.{name}", x, y)
 
-    def queries(self, x: jax.Array) -> jax.Array:
-        """Returns the queries, already scaled: [B, L, d_model] -> [B, L, H, D]."""
+    def _heads(self, name: str, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        y = self._project(name, x).reshape(*x.shape[:-1], -1, self.width)
+        if self.rotary is None or name == "value":
+            return y
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        return self.rotary.rotate(y, positions)
+
+    def queries(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Returns the queries, already scaled: [B, L, d_model] -> [B, L, H, D].
+
+        Args:
+          x: input.
+          positions: [B or 1, L] int, for rotary embeddings alone; default 0, 1, 2, ...
+        """
         scale = self.width**-0.5 if self.scale is None else self.scale
-        return self._heads(self.query(x)) * jnp.asarray(scale, self.dtype)
+        return self._heads("query", x, positions) * jnp.asarray(scale, self.dtype)
 
-    def keys(self, x: jax.Array) -> jax.Array:
-        """Returns the keys: [B, L, d_model] -> [B, L, H, D]."""
-        return self._heads(self.key(x))
+    def keys(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Returns the keys: [B, L, d_model] -> [B, L, G, D]; `positions` as for `queries`."""
+        return self._heads("key", x, positions)
 
     def values(self, x: jax.Array) -> jax.Array:
-        """Returns the values: [B, L, d_model] -> [B, L, H, D]."""
-        return self._heads(self.value(x))
+        """Returns the values: [B, L, d_model] -> [B, L, G, D]."""
+        return self._heads("value", x, None)
 
     def attend(
         self,
@@ -271,13 +269,18 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Mixes the values and projects them out: heads [B, L, H, D] -> [B, Q, d_model]."""
+        if self.hooks is not None:
+            key, value, bias = self.hooks.keys_values(self.site, key, value, bias)
+        if key.shape[2] != query.shape[2]:
+            shares = query.shape[2] // key.shape[2]
+            key, value = jnp.repeat(key, shares, axis=2), jnp.repeat(value, shares, axis=2)
         drop = None
         if self.dropout_rate and not deterministic:
             drop = functools.partial(self.dropout, deterministic=False)
         mixed = dot_product_attention(
             query, key, value, bias, dropout=drop, implementation=self.implementation
         )
-        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+        return self._project("out", mixed.reshape(*mixed.shape[:2], -1))
 
     def __call__(
         self,
@@ -285,14 +288,19 @@ class MultiHeadAttention(nn.Module):
         bias: jax.Array | None = None,
         context: jax.Array | None = None,
         deterministic: bool = True,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """Attends from `x` [B, Q, d_model] to `context` [B, K, d_model] (default `x` itself)."""
         context = x if context is None else context
-        query, key, value = self.queries(x), self.keys(context), self.values(context)
-        return self.attend(query, key, value, bias, deterministic)
+        query, key = self.queries(x, positions), self.keys(context, positions)
+        return self.attend(query, key, self.values(context), bias, deterministic)
 
     def decode(
-        self, x: jax.Array, cache: KVCache, bias: jax.Array | float = 0.0
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        bias: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Attends causally from new tokens to all in the cache.
 
@@ -300,10 +308,70 @@ class MultiHeadAttention(nn.Module):
           x: [B, T, d_model], the next T tokens.
           cache: what came before.
           bias: more bias, broadcastable to [B, H, T, max_length].
+          positions: [B or 1, T] int, for rotary embeddings; default those behind the cache.
 
         Returns:
           [B, T, d_model] and the cache with the new tokens in it.
         """
-        cache = cache.append(self.keys(x), self.values(x))
-        causal = cache.bias(x.shape[1]) + bias
-        return self.attend(self.queries(x), cache.key, cache.value, causal), cache
+        if positions is None:
+            positions = cache.length + jnp.arange(x.shape[1])[None]
+        cache = cache.append(self.keys(x, positions), self.values(x))
+        causal = causal_bias(x.shape[1], cache.max_length, cache.length - x.shape[1])
+        bias = causal if bias is None else causal + bias
+        return self.attend_cached(self.queries(x, positions), cache, bias), cache
+
+    def prefill(
+        self,
+        x: jax.Array,
+        max_length: int,
+        bias: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Attends among the first tokens of a sequence as a whole, and keeps their keys and values.
+
+        Equals `decode` from an empty cache, without attention to places that are still empty, and
+        with the fused or chunked attention of `__call__`.
+
+        Args:
+          x: [B, P, d_model].
+          max_length: places of the cache.
+          bias: broadcastable to [B, H, P, P]; the causal one has to be in it.
+          positions: as for `queries`.
+
+        Returns:
+          [B, P, d_model] and the cache of P tokens.
+        """
+        key, value = self.keys(x, positions), self.values(x)
+        shape = (x.shape[0], self.kv_heads, max_length, self.width)
+        cache = KVCache.empty(shape, self.dtype).append(key, value)
+        return self.attend(self.queries(x, positions), key, value, bias), cache
+
+    def attend_cached(
+        self, query: jax.Array, cache: KVCache, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """Attends to a cache as it is: query [N, Q, H, D] -> [N, Q, d_model].
+
+        N may be a multiple of the cache's rows B (beams over one encoder output): rows
+        i N/B ... (i + 1) N/B - 1 read row i.
+
+        Args:
+          query: scaled queries.
+          cache: keys and values.
+          bias: broadcastable to [N, H, Q, max_length] ([B, 1, 1, max_length] where N > B).
+        """
+        key, value = cache.key, cache.value
+        if self.hooks is not None:
+            key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+            key, value, bias = self.hooks.keys_values(self.site, key, value, bias)
+            key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        mixed = cached_attention(query, key, value, bias)
+        return self._project("out", mixed.reshape(*mixed.shape[:2], -1))
+
+
+def _head_width(num_heads: int, d_model: int, head_dim: int | None) -> int:
+    if head_dim is None and d_model % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads} does not divide d_model={d_model}; "
+            "choose a divisor or set head_dim."
+        )
+    return head_dim or d_model // num_heads

@@ -39,15 +39,26 @@ class TokenEmbeddings(nn.Module):
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None,
         position_ids: jax.Array,
         token_type_ids: jax.Array | None = None,
         deterministic: bool = True,
+        *,
+        inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """Embeds ids [B, L] int -> [B, L, d_model] float32."""
+        """Embeds ids [B, L] int -> [B, L, d_model] float32.
+
+        Args:
+          input_ids: rows of the word table; not read where `inputs_embeds` are given.
+          position_ids: [B, L] int.
+          token_type_ids: [B, L] int; default zeros.
+          deterministic: no dropout.
+          inputs_embeds: [B, L, d_model], what stands for the rows of the word table.
+        """
         if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
-        x = self.word(input_ids) + self.token_type(token_type_ids)
+            token_type_ids = jnp.zeros_like(position_ids)
+        word = self.word(input_ids) if inputs_embeds is None else inputs_embeds
+        x = word + self.token_type(token_type_ids)
         x = x + self.position(position_ids + self.position_offset)
         return self.dropout(self.norm(x), deterministic=deterministic)
 

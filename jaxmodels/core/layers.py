@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxmodels.core.hooks import Hooks
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -103,27 +105,75 @@ class Embedding(nn.Module):
         return jnp.take(self.embedding, ids, axis=0)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x): CLIP's stand-in for the GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names that checkpoints' settings use; "gelu" is the exact one (erf).
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": quick_gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns the pointwise function called `name`.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r}: use one of {sorted(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
 class FeedForward(nn.Module):
-    """wo(dropout(activation(wi(x)))): [..., d_model] -> [..., d_model].
+    """wo(dropout(f(wi(x)))), or gated wo(dropout(f(wi_0(x)) * wi_1(x))): [..., d] -> [..., d].
 
     Attributes:
       d_ff: inner width.
-      activation: pointwise function; exact (erf) GELU for BERT and RoBERTa.
-      use_bias: both projections have biases.
+      activation: name of f in `ACTIVATIONS`.
+      gated: two inner projections (T5 v1.1: GEGLU, Llama: SwiGLU).
+      use_bias: the projections have biases.
+      dropout_rate: on the inner values while training.
       dtype: of the matrix products.
-      kernel_init: of both kernels.
+      wi_init: of the inner kernels.
+      wo_init: of the outer kernel.
+      hooks: called at "ffn.wi" (or "ffn.wi_0", "ffn.wi_1") and "ffn.wo".
     """
 
     d_ff: int
-    activation: Callable[[jax.Array], jax.Array] = lambda x: nn.gelu(x, approximate=False)
+    activation: str = "gelu"
+    gated: bool = False
     use_bias: bool = True
+    dropout_rate: float = 0.0
     dtype: Any = jnp.float32
-    kernel_init: Initializer = nn.initializers.normal(0.02)
+    wi_init: Initializer = nn.initializers.normal(0.02)
+    wo_init: Initializer = nn.initializers.normal(0.02)
+    hooks: Hooks | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def dense(features: int, axes: tuple[str, str], name: str) -> Dense:
-            return Dense(features, axes, self.use_bias, self.dtype, self.kernel_init, name=name)
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        function, d_model = activation(self.activation), x.shape[-1]
 
-        hidden = self.activation(dense(self.d_ff, ("embed", "mlp"), "wi")(x))
-        return dense(x.shape[-1], ("mlp", "embed"), "wo")(hidden)
+        def inner(name: str) -> jax.Array:
+            dense = Dense(
+                self.d_ff, ("embed", "mlp"), self.use_bias, self.dtype, self.wi_init, name=name
+            )
+            return self._hooked(name, x, dense(x))
+
+        if self.gated:
+            hidden = function(inner("wi_0")) * inner("wi_1")
+        else:
+            hidden = function(inner("wi"))
+        hidden = nn.Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
+        outer = Dense(d_model, ("mlp", "embed"), self.use_bias, self.dtype, self.wo_init, name="wo")
+        return self._hooked("wo", hidden, outer(hidden))
+
+    def _hooked(self, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return y if self.hooks is None else self.hooks.output(f"ffn.{name}", x, y)

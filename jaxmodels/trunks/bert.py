@@ -1,4 +1,4 @@
-"""BERT and RoBERTa encoders: dense, post-norm as published, or pre-norm; with an MLM head."""
+"""BERT, RoBERTa and ELECTRA encoders: post-norm as published, or pre-norm; with their heads."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxmodels.core import attention, blocks, embeddings, layers, partitioning
+from jaxmodels.core import attention, blocks, embeddings, hooks, layers, partitioning, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,15 @@ class BertConfig:
       norm_order: "post" (as published) or "pre".
       norm_eps: 1e-12 for BERT, 1e-5 for RoBERTa.
       position_offset: 0 for BERT; pad id + 1 = 2 for RoBERTa, whose table has 2 rows more.
+      embedding_size: width of the embeddings where it is not d_model (ELECTRA-small): a projection
+        follows them; None: d_model.
       pooler: has BERT's tanh projection of the first token.
       dropout_rate: hidden dropout.
       attention_dropout_rate: dropout of attention weights.
       remat: remat policy of the layers, see `blocks.REMAT_POLICIES`.
       implementation: see `attention.dot_product_attention`.
       dtype: of the matrix products.
+      layer_hooks: what a method changes, by groups of layers (`core.hooks`).
 
     Raises:
       ValueError: sizes that do not fit together.
@@ -46,12 +49,14 @@ class BertConfig:
     norm_order: str = "post"
     norm_eps: float = 1e-5
     position_offset: int = 2
+    embedding_size: int | None = None
     pooler: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     remat: str = "none"
     implementation: str | None = None
     dtype: Any = jnp.float32
+    layer_hooks: tuple[hooks.LayerHooks, ...] = ()
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads:
@@ -62,6 +67,13 @@ class BertConfig:
         for field in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff", "max_positions"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1.")
+        if self.embedding_width < 1:
+            raise ValueError(f"model.embedding_size={self.embedding_size}: must be at least 1.")
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embeddings."""
+        return self.d_model if self.embedding_size is None else self.embedding_size
 
     @property
     def position_rows(self) -> int:
@@ -84,11 +96,18 @@ class BertConfig:
             **kwargs,
         )
 
+    def make_stack(self) -> stack.Stack:
+        """Returns the stack of dense layers, with a final norm where the norms are in front."""
+        final_norm = "layer" if self.norm_order == "pre" else ""
+        return stack.Stack(
+            self.make_layer(), self.num_layers, self.layer_hooks, final_norm, remat=self.remat
+        )
+
     def make_embeddings(self, name: str) -> embeddings.TokenEmbeddings:
         """Returns the embedding module of these sizes."""
         return embeddings.TokenEmbeddings(
             vocab_size=self.vocab_size,
-            d_model=self.d_model,
+            d_model=self.embedding_width,
             position_rows=self.position_rows,
             num_token_types=self.num_token_types,
             position_offset=self.position_offset,
@@ -96,6 +115,33 @@ class BertConfig:
             dropout_rate=self.dropout_rate,
             name=name,
         )
+
+
+def _base(**changes: Any) -> BertConfig:
+    return BertConfig(dropout_rate=0.1, attention_dropout_rate=0.1, **changes)
+
+
+def _large(base: BertConfig) -> BertConfig:
+    sizes = {"d_model": 1024, "num_layers": 24, "num_heads": 16, "d_ff": 4096}
+    return dataclasses.replace(base, **sizes)
+
+
+_BERT = _base(vocab_size=30522, num_token_types=2, norm_eps=1e-12, position_offset=0, pooler=True)
+_ELECTRA = dataclasses.replace(_BERT, pooler=False)
+_ROBERTA = _base(pooler=True)
+
+# Pretrained poolers are those of next-sentence prediction; RoBERTa's is untrained, as published.
+SIZES: dict[str, BertConfig] = {
+    "bert_base": _BERT,
+    "bert_large": _large(_BERT),
+    "roberta_base": _ROBERTA,
+    "roberta_large": _large(_ROBERTA),
+    "electra_small": dataclasses.replace(
+        _ELECTRA, d_model=256, num_heads=4, d_ff=1024, embedding_size=128
+    ),
+    "electra_base": _ELECTRA,
+    "electra_large": _large(_ELECTRA),
+}
 
 
 def check_length(length: int, max_positions: int) -> None:
@@ -137,70 +183,71 @@ def run_dense_layers(
     return blocks.scan_layers(body, params, x, rng, config.remat)[0]
 
 
-class Encoder(nn.Module):
-    """The stack of dense layers: [B, L, d_model] -> [B, L, d_model]."""
-
-    config: BertConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        config = self.config
-        init = blocks.stacked_init(config.make_layer(), config.num_layers, config.d_model)
-        params = self.param("layers", init)
-        rng = None if deterministic else self.make_rng("dropout")
-        x = run_dense_layers(config, params, x, mask, rng)
-        if config.norm_order == "pre":
-            x = layers.LayerNorm(config.norm_eps, name="final_norm")(x)
-        return x
-
-
 class BertModel(nn.Module):
-    """Embeddings and encoder (and pooler) of BERT or RoBERTa.
+    """Embeddings and encoder (and pooler) of BERT, RoBERTa or ELECTRA.
 
     Attributes:
-      config: sizes; a RoBERTa or BERT checkpoint loads with `jaxmodels.weights`.
+      config: sizes; a checkpoint of any of them loads with `jaxmodels.weights`.
     """
 
     config: BertConfig
 
     def setup(self) -> None:
-        self.embeddings = self.config.make_embeddings("embeddings")
-        self.encoder = Encoder(self.config)
-        if self.config.pooler:
-            self.pooler = layers.Dense(self.config.d_model, ("embed", "mlp"))
+        config = self.config
+        self.embeddings = config.make_embeddings("embeddings")
+        if config.embedding_width != config.d_model:
+            self.embeddings_project = layers.Dense(
+                config.d_model, ("mlp", "embed"), dtype=config.dtype
+            )
+        self.encoder = config.make_stack()
+        if config.pooler:
+            self.pooler = layers.Dense(config.d_model, ("embed", "mlp"))
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None,
         attention_mask: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         deterministic: bool = True,
+        *,
+        inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
         """Encodes ids.
 
         Args:
-          input_ids: [batch, length] int.
+          input_ids: [batch, length] int; None where `inputs_embeds` are given.
           attention_mask: [batch, length], 1 on real tokens; default all ones.
           token_type_ids: [batch, length] int; default zeros.
           position_ids: [batch, length] int from 0, below max_positions; default 0, 1, 2, ...
           deterministic: no dropout; else an rng named "dropout" is needed.
+          inputs_embeds: [batch, length, embedding width], in place of rows of the word table;
+            `embeddings.word` makes them from ids.
 
         Returns:
           [batch, length, d_model] float32.
 
         Raises:
-          ValueError: no position ids, and the input is longer than the position table.
+          ValueError: ids and embeddings, or neither; no position ids, and the input is longer
+            than the position table.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
         if attention_mask is None:
-            attention_mask = jnp.ones_like(input_ids)
+            attention_mask = jnp.ones(shape, jnp.int32)
         if position_ids is None:
-            check_length(input_ids.shape[1], self.config.max_positions)
-            position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        x = self.embeddings(input_ids, position_ids, token_type_ids, deterministic)
+            check_length(shape[1], self.config.max_positions)
+            position_ids = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+        x = self.embeddings(
+            input_ids, position_ids, token_type_ids, deterministic, inputs_embeds=inputs_embeds
+        )
+        if self.config.embedding_width != self.config.d_model:
+            x = self.embeddings_project(x).astype(jnp.float32)
         if self.config.pooler and self.is_initializing():
             self.pool(x)
-        return self.encoder(x, attention_mask, deterministic)
+        bias = attention.key_mask_bias(attention_mask)[:, None, None, :]
+        return self.encoder(x, bias, deterministic)
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """BERT's pooler: tanh of a projection of the first token, [B, L, d] -> [B, d]."""
@@ -230,3 +277,21 @@ class MLMHead(nn.Module):
             self.vocab_size, ("embed", "vocab"), dtype=self.dtype, name="decoder"
         )(x)
         return logits.astype(jnp.float32)
+
+
+class DiscriminatorHead(nn.Module):
+    """ELECTRA's logit of a replaced token, out_proj(gelu(dense(x))): [..., d_model] -> [...] float32.
+
+    Attributes:
+      dtype: of the matrix products.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d_model = x.shape[-1]
+        x = layers.Dense(d_model, ("embed", "mlp"), dtype=self.dtype, name="dense")(x)
+        x = nn.gelu(x, approximate=False)
+        logits = layers.Dense(1, ("embed", None), dtype=self.dtype, name="out_proj")(x)
+        return logits[..., 0].astype(jnp.float32)

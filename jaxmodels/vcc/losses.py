@@ -8,40 +8,15 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.core.losses import IGNORE, Pair, cross_entropy
 from jaxmodels.vcc.heads import HotpotQALogits
 
-IGNORE = -100
 COUNT_EPS = 1e-6
-Pair = tuple[jax.Array, jax.Array]
 
 
 def mean(pair: Pair) -> jax.Array:
     """Returns sum / (weight + 1e-6), the official way to divide."""
     return pair[0] / (pair[1] + COUNT_EPS)
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, weight: jax.Array | None = None
-) -> dict[str, Pair]:
-    """Cross-entropy and accuracy.
-
-    Args:
-      logits: [..., classes], taken to float32.
-      labels: [...] int; -100 does not count.
-      weight: [...] float32 on top of that; default 1.
-
-    Returns:
-      "loss" and "accuracy", each (sum, weight).
-    """
-    counted = (labels != IGNORE).astype(jnp.float32)
-    if weight is not None:
-        counted = counted * weight
-    target = jnp.where(labels == IGNORE, 0, labels)
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    nll = -jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
-    hit = (logits.argmax(axis=-1) == target).astype(jnp.float32)
-    total = counted.sum()
-    return {"loss": ((nll * counted).sum(), total), "accuracy": ((hit * counted).sum(), total)}
 
 
 def multiple_choice(scores: jax.Array, valid: jax.Array, answers: jax.Array) -> dict[str, Pair]:

@@ -10,6 +10,7 @@ import pytest
 from flax.core import meta
 
 from jaxmodels.core import attention
+from jaxmodels.core.kv_cache import KVCache
 
 B, Q, K, H, D = 2, 70, 50, 3, 4  # Q is no multiple of the chunk
 
@@ -106,7 +107,7 @@ def test_decoding_with_a_cache_equals_one_causal_pass(steps: tuple[int, ...]) ->
     x = jax.random.normal(jax.random.key(0), (3, 6, 8))
     variables = jax.tree.map(lambda w: 20 * w, meta.unbox(module.init(jax.random.key(1), x)))
     whole = module.apply(variables, x, attention.causal_bias(6, 6))
-    cache, parts, first = attention.KVCache.empty((3, 9, 2, 4)), [], 0
+    cache, parts, first = KVCache.empty((3, 2, 9, 4)), [], 0
     decode = jax.jit(lambda x, cache: module.apply(variables, x, cache, method="decode"))
     for count in steps:
         out, cache = decode(x[:, first : first + count], cache)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels.core import attention
 from jaxmodels.core import params as param_tree
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import VccConfig, VccEncoder, compression, encoder
@@ -30,7 +31,8 @@ def encode(
 def dense(config: bert.BertConfig, params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
     norm = {"scale": jnp.ones(config.d_model), "bias": jnp.zeros(config.d_model)}
     variables = {"params": {"layers": params, "final_norm": norm}}
-    return bert.Encoder(config).apply(variables, x, mask)
+    bias = attention.key_mask_bias(mask)[:, None, None, :]
+    return config.make_stack().apply(variables, x, bias)
 
 
 # Compiled without optimisation, which halves the time of this file and changes no number.
