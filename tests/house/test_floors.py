@@ -16,6 +16,7 @@ BANNED = ("flax.nnx", "jax._src", "jax.interpreters", "tensorflow", "clu")
 OPTIONAL = (
     *("grain", "tensorflow_datasets", "array_record", "tokenizers", "safetensors"),
     *("ml_collections", "orbax", "tensorboardX", "absl", "matplotlib", "torch", "transformers"),
+    *("ftfy", "regex", "PIL"),
 )
 # Loaded by flax and optax themselves, so they cannot be blocked while `import jaxmodels` runs.
 NEEDED_BY_FLAX = ("orbax", "absl")
