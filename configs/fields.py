@@ -304,10 +304,9 @@ COMMON: dict[str, Field] = {
         may_change=True,
     ),
     "log_every": Field(10, "steps between lines of the log", positive, may_change=True),
-    "warm_start": Field(
-        None,
-        "workdir or checkpoint whose weights, and nothing else, training starts from",
-        kind=str,
+    "warm_start": Field(None, "workdir or checkpoint whose weights alone training takes", kind=str),
+    "init_from": Field(
+        None, "published weights to start from: a converted folder, or a file of them", kind=str
     ),
     "on_nonfinite": Field(
         "stop",

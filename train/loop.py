@@ -16,7 +16,7 @@ from configs.fields import COMMON, Fields
 from jaxmodels.core.task import Task
 from jaxmodels.data import pipeline
 from jaxmodels.data.fingerprints import differences
-from train import devices, distributed, rundir, starts, storage, table
+from train import devices, distributed, init_from, rundir, starts, storage, table
 from train import state as state_lib
 from train.checkpoint import Checkpoints, Restored, load_params
 from train.errors import UsageError
@@ -180,7 +180,9 @@ def _owed(workdir: epath.Path, found: Restored | None) -> bool:
 
 
 def _new_state(task: Task, config: ConfigDict, mesh: Mesh, plan: Layout) -> TrainState:
-    """A fresh state, with the weights of `warm_start` where that is given."""
+    """A fresh state, with the weights of `warm_start` or `init_from` where one is given."""
+    if config.init_from is not None:
+        return _with_published(task, config, mesh, plan)
     if config.warm_start is None:
         return state_lib.create(task, config, mesh, plan)
     try:
@@ -189,6 +191,18 @@ def _new_state(task: Task, config: ConfigDict, mesh: Mesh, plan: Layout) -> Trai
         raise UsageError(f"warm_start={config.warm_start}: {error}") from error
     trainable, frozen = state_lib.split(params, plan.groups)
     state = state_lib.create(task, config, mesh, plan)
+    return dataclasses.replace(state, trainable=trainable, frozen=frozen)
+
+
+def _with_published(task: Task, config: ConfigDict, mesh: Mesh, plan: Layout) -> TrainState:
+    if config.warm_start is not None:
+        raise UsageError("init_from and warm_start both say what training starts from: give one")
+    placed, line = distributed.together(
+        lambda: init_from.load(config.init_from, plan.abstract.params)  # before any compilation
+    )
+    state = state_lib.create(task, config, mesh, plan)
+    trainable, frozen = state_lib.split(init_from.filled(state.params, placed), plan.groups)
+    _say(line)
     return dataclasses.replace(state, trainable=trainable, frozen=frozen)
 
 

@@ -1,4 +1,4 @@
-"""Key tables of the BERT family: Hugging Face BERT and RoBERTa, and VCC's own layouts.
+"""Key tables of the BERT family: Hugging Face BERT, RoBERTa and ELECTRA, and VCC's own layouts.
 
 Our side is the tree of `jaxmodels.trunks.bert`; a layer's leaves are stacked over `{i}`.
 """
@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from jaxmodels.weights.rules import TRANSPOSE, Ignore, Rule, Rules
-from jaxmodels.weights.tensor_file import WeightsError
+from jaxmodels.weights.families import Family, count_layers, from_config
+from jaxmodels.weights.rules import Ignore, Rule, Rules, dense, drop_absent
+from jaxmodels.weights.tensor_file import TensorFile, WeightsError
+from jaxmodels.weights.transforms import TRANSPOSE
 
-Family = Literal["hf_bert", "hf_roberta", "vcc"]
+Kind = Literal["hf_bert", "hf_roberta", "hf_electra", "vcc"]
 _WORD = "embeddings.word_embeddings.weight"
 
 # Our sublayer -> foreign module, of one layer.
@@ -44,13 +46,6 @@ _HOTPOTQA = {
 }
 
 
-def _dense(source: str, target: str) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", f"{target}/kernel", TRANSPOSE),
-        Rule(f"{source}.bias", f"{target}/bias"),
-    ]
-
-
 def _norm(source: str, target: str) -> list[Rule]:
     # gamma and beta: the names in files converted from the first TensorFlow checkpoints.
     return [
@@ -69,11 +64,11 @@ def _trunk(prefix: str, trunk: str, layer: Mapping[str, str], tied_word: tuple[s
         rules.append(Rule(source, f"{root}embeddings/{name}/embedding"))
     rules += _norm(f"{prefix}embeddings.LayerNorm", f"{root}embeddings/norm")
     for ours, theirs in layer.items():
-        make = _norm if ours.endswith("norm") else _dense
+        make = _norm if ours.endswith("norm") else dense
         rules += make(f"{prefix}encoder.layer.{{i}}.{theirs}", f"{root}encoder/layers/{ours}")
     if layer is _VCC_LAYER:
         rules += _norm(f"{prefix}encoder.LayerNorm", f"{root}encoder/final_norm")
-    rules += _dense(f"{prefix}pooler.dense", f"{root}pooler")
+    rules += dense(f"{prefix}pooler.dense", f"{root}pooler")
     # Buffers that some versions saved: 0, 1, 2, ...
     rules += [
         Ignore(f"{prefix}embeddings.position_ids"),
@@ -83,10 +78,10 @@ def _trunk(prefix: str, trunk: str, layer: Mapping[str, str], tied_word: tuple[s
 
 
 def _mlm_head(
-    dense: str, norm: str, decoder: str, bias: str, tied: bool, fallbacks: tuple[str, ...]
+    hidden: str, norm: str, decoder: str, bias: str, tied: bool, fallbacks: tuple[str, ...]
 ) -> list[Rule]:
     rules = [
-        *_dense(dense, "mlm_head/dense"),
+        *dense(hidden, "mlm_head/dense"),
         *_norm(norm, "mlm_head/norm"),
         Rule(bias, "mlm_head/decoder/bias", aliases=(f"{decoder}.bias",)),
     ]
@@ -104,12 +99,12 @@ def _roberta_heads(head_prefix: str, tied: bool, fallbacks: tuple[str, ...]) -> 
     rules = _mlm_head(
         f"{mlm}dense", f"{mlm}layer_norm", f"{mlm}decoder", f"{mlm}bias", tied, fallbacks
     )
-    rules += _dense(classifier, "classifier")
+    rules += dense(classifier, "classifier")
     for part in ("dense", "out_proj"):
-        rules += _dense(f"{classifier}.{part}", f"classification/{part}")
+        rules += dense(f"{classifier}.{part}", f"classification/{part}")
     for ours, theirs in _HOTPOTQA.items():
-        rules += _dense(f"{head_prefix}{theirs}.0", f"hotpotqa/{ours}/dense")
-        rules += _dense(f"{head_prefix}{theirs}.2", f"hotpotqa/{ours}/out_proj")
+        rules += dense(f"{head_prefix}{theirs}.0", f"hotpotqa/{ours}/dense")
+        rules += dense(f"{head_prefix}{theirs}.2", f"hotpotqa/{ours}/out_proj")
     return rules
 
 
@@ -156,7 +151,7 @@ def hf_bert_rules(
             tied,
             (f"{prefix}{_WORD}",),
         ),
-        *_dense(f"{head_prefix}classifier", "classifier"),
+        *dense(f"{head_prefix}classifier", "classifier"),
         Ignore(f"{head_prefix}cls.seq_relationship.*"),
     ]
     return _with_optional(rules, trunk, optional)
@@ -183,6 +178,27 @@ def hf_roberta_rules(
         *_roberta_heads(head_prefix, tied, (f"{prefix}{_WORD}",)),
     ]
     return _with_optional(rules, trunk, optional)
+
+
+def hf_electra_rules(*, prefix: str = "", head_prefix: str = "", trunk: str = "") -> Rules:
+    """Returns the table of Hugging Face's ELECTRA: `ElectraModel`, and the discriminator's head.
+
+    BERT without a pooler; word, position and type embeddings may be narrower than the layers, then
+    `embeddings_project` widens them.
+
+    Args:
+      prefix: before the trunk's keys: "electra." inside a model with a head.
+      head_prefix: before `discriminator_predictions`.
+      trunk: path of the trunk in our tree: "" if it is the tree, "trunk" in a model with a head.
+    """
+    root = f"{trunk}/" if trunk else ""
+    head = f"{head_prefix}discriminator_predictions"
+    return [
+        *_trunk(prefix, trunk, _HF_LAYER, ()),
+        *dense(f"{prefix}embeddings_project", f"{root}embeddings_project", optional=True),
+        *dense(f"{head}.dense", "discriminator/dense"),
+        *dense(f"{head}.dense_prediction", "discriminator/out_proj"),
+    ]
 
 
 def vcc_rules(
@@ -220,7 +236,7 @@ class Layout:
       head_prefix: before the heads' keys: `prefix` without the model's own name.
     """
 
-    family: Family
+    family: Kind
     prefix: str
     head_prefix: str
 
@@ -240,12 +256,16 @@ def detect_family(keys: Iterable[str]) -> Layout:
             + (f", under {found}: choose one by .under(prefix)." if found else ".")
         )
     (prefix,) = found
-    head_prefix = prefix.removesuffix("roberta.").removesuffix("bert.")
-    family: Family = "hf_bert"
+    head_prefix = prefix
+    for own in ("roberta.", "bert.", "electra."):
+        head_prefix = head_prefix.removesuffix(own)
+    family: Kind = "hf_bert"
     if any(key.startswith(f"{prefix}encoder.layer.") and ".FFN." in key for key in keys):
         family = "vcc"
     elif prefix.endswith("roberta.") or any(k.startswith(f"{head_prefix}lm_head.") for k in keys):
         family = "hf_roberta"
+    elif prefix.endswith("electra.") or f"{prefix}embeddings_project.weight" in keys:
+        family = "hf_electra"
     return Layout(family, prefix, head_prefix)
 
 
@@ -270,6 +290,91 @@ def rules_for(
     where = {"prefix": layout.prefix, "head_prefix": layout.head_prefix, "trunk": trunk}
     if layout.family == "vcc":
         return vcc_rules(**where, optional=optional)
+    if layout.family == "hf_electra":
+        return _with_optional(hf_electra_rules(**where), trunk, optional)
     tied = "mlm_head" in tree and "kernel" not in tree["mlm_head"].get("decoder", {})
     make = hf_bert_rules if layout.family == "hf_bert" else hf_roberta_rules
     return make(**where, tied=tied, optional=optional)
+
+
+_HEADS = ("mlm_head", "classifier/kernel", "classifier/bias", "classification", "hotpotqa")
+_HEADS += ("discriminator",)
+# How families call themselves in config.json; a bare RoBERTa has no other mark.
+_MODEL_TYPES = {"roberta": "hf_roberta", "xlm-roberta": "hf_roberta", "electra": "hf_electra"}
+_CONFIG = {"num_heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}
+_MAKE = {
+    "hf_bert": hf_bert_rules,
+    "hf_roberta": hf_roberta_rules,
+    "hf_electra": hf_electra_rules,
+    "vcc": vcc_rules,
+}
+
+
+def _layout(file: TensorFile) -> Layout | None:
+    """Returns what keys and config.json tell, or None for a file of another kind."""
+    try:
+        layout = detect_family(file)
+    except WeightsError:
+        return None
+    first = f"{layout.prefix}encoder.layer.0.attention."
+    if not any(f"{first}{name}.weight" in file for name in ("self.query", "query")):
+        return None
+    named = _MODEL_TYPES.get(str(file.config.get("model_type")))
+    if layout.family == "hf_bert" and not layout.prefix and named:
+        layout = dataclasses.replace(layout, family=named)
+    return layout
+
+
+def _file_rules(file: TensorFile) -> Rules:
+    """Returns the table of just the parts that a file has; with a head, the trunk is `trunk`."""
+    layout = _layout(file) or detect_family(file)
+    where = {"prefix": layout.prefix, "head_prefix": layout.head_prefix}
+    rules = drop_absent(_MAKE[layout.family](**where, trunk="trunk"), file, _HEADS)
+    heads = any(isinstance(r, Rule) and not r.target.startswith("trunk/") for r in rules)
+    if not heads:
+        rules = drop_absent(_MAKE[layout.family](**where, trunk=""), file, _HEADS)
+    parts = ("pooler", "embeddings_project", "encoder/final_norm")
+    rules = drop_absent(rules, file, [f"trunk/{part}" if heads else part for part in parts])
+    # Only where the model has no such leaf did `optional` matter; what is left here must be there.
+    return [dataclasses.replace(r, optional=False) if isinstance(r, Rule) else r for r in rules]
+
+
+def _settings(file: TensorFile) -> dict[str, Any]:
+    """Returns the fields of `BertConfig` that a file tells."""
+    layout = _layout(file) or detect_family(file)
+    at = layout.prefix
+    table = f"{at}embeddings.{{}}_embeddings.weight".format
+    inner = "FFN.1" if layout.family == "vcc" else "intermediate.dense"
+    d_ff, d_model = file.shape(f"{at}encoder.layer.0.{inner}.weight")
+    offset = 2 if layout.family in ("hf_roberta", "vcc") else 0
+    found: dict[str, Any] = {
+        "vocab_size": file.shape(table("word"))[0],
+        "d_model": d_model,
+        "num_layers": count_layers(file, f"{at}encoder.layer."),
+        "d_ff": d_ff,
+        "max_positions": file.shape(table("position"))[0] - offset,
+        "num_token_types": file.shape(table("token_type"))[0],
+        "norm_order": "pre" if layout.family == "vcc" else "post",
+        "norm_eps": 1e-5 if offset else 1e-12,
+        "position_offset": offset,
+        "pooler": f"{at}pooler.dense.weight" in file,
+    }
+    if f"{at}embeddings_project.weight" in file:
+        found["embedding_size"] = file.shape(table("word"))[1]
+    return found | from_config(file, _CONFIG)
+
+
+def _family(name: str, kind: Kind) -> Family:
+    def matches(file: TensorFile) -> int:
+        layout = _layout(file)
+        return 2 * (layout is not None and layout.family == kind)
+
+    return Family(name, matches, _file_rules, _settings)
+
+
+FAMILIES = (
+    _family("bert", "hf_bert"),
+    _family("electra", "hf_electra"),
+    _family("roberta", "hf_roberta"),
+    _family("vcc", "vcc"),
+)

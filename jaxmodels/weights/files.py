@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import pathlib
 import struct
+from typing import Any
 
-from jaxmodels.weights import safetensors_file, torch_zip
+from jaxmodels.weights import npz_file, safetensors_file, torch_zip
 from jaxmodels.weights.tensor_file import Entry, TensorFile, WeightsError
+from jaxmodels.weights.zip_archive import open_archive
 
 _MAX_INDEX_BYTES = 64 * 2**20
+_MAX_CONFIG_BYTES = 2**20
 # What a model folder of Hugging Face holds, best first.
 _IN_FOLDER = (
     "model.safetensors",
@@ -22,11 +25,28 @@ _CONVERT = (
     "safetensors.torch.save_file(state_dict, 'model.safetensors')."
 )
 
+_ACCEPTED = (
+    ".safetensors, its .index.json, the zip files of torch.save and torch.jit.save, NumPy's .npz"
+)
+# First bytes of what may look like weights.
+_REFUSED = {
+    b"\x93NUM": "a NumPy file of one array, which has no name: np.savez gives it one",
+    b"\x89HDF": "an HDF5 file (Keras, TensorFlow): save its arrays with np.savez",
+    b"GGUF": "a GGUF file, whose numbers are quantised",
+    b"PK\x05\x06": "a zip file without members",
+    b"\x1f\x8b\x08\x00": "a gzip file: unpack it first",
+    b"\x1f\x8b\x08\x08": "a gzip file: unpack it first",
+    b"": "an empty file",
+}
+
 
 def read(path: str | os.PathLike[str]) -> TensorFile:
-    """Opens weights: .safetensors, a shard index (.index.json), a torch.save zip, a model folder.
+    """Opens weights of any accepted kind, which is told by the content.
 
-    Headers are checked in full; values are read when asked for. No pickled code is ever run.
+    Accepted: .safetensors, a shard index (.index.json) and its shards, the zip files of torch.save
+    and of torch.jit.save (OpenAI's CLIP), NumPy's .npz (ViT), and a model folder of Hugging Face.
+    Headers are checked in full; values are read when asked for. No pickled code is ever run. The
+    result's `config` is what `config.json` beside the file says, or empty.
 
     Raises:
       WeightsError: absent, of another kind (the message says how to convert it), or damaged.
@@ -39,7 +59,19 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
         path = path / names[0]
     if not path.is_file():
         raise WeightsError(f"{path}: no such file.")
-    return _read_index(path) if _kind(path) == "index" else _read_single(path)
+    tensors = _read_index(path) if _kind(path) == "index" else _read_single(path)
+    tensors.config = _config_beside(path)
+    tensors.paths = (path, *tensors.paths)
+    return tensors
+
+
+def _config_beside(path: pathlib.Path) -> dict[str, Any]:
+    config = path.parent / "config.json"
+    if not config.is_file():
+        return {}
+    if config.stat().st_size > _MAX_CONFIG_BYTES:
+        raise WeightsError(f"{config}: more than {_MAX_CONFIG_BYTES} bytes: refused.")
+    return safetensors_file.parse_json_object(config.read_bytes(), f"{config}: the settings")
 
 
 def _read_single(path: pathlib.Path) -> TensorFile:
@@ -47,8 +79,19 @@ def _read_single(path: pathlib.Path) -> TensorFile:
     if kind == "safetensors":
         return safetensors_file.read_safetensors(path)
     if kind == "zip":
-        return torch_zip.read_torch(path)
+        return _read_zip(path)
     raise WeightsError(f"{path}: a shard index in place of a weights file.")
+
+
+def _read_zip(path: pathlib.Path) -> TensorFile:
+    try:
+        names = list(open_archive(path).members)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    arrays = [name for name in names if name.endswith(".npy")]
+    # A data.pkl decides, as PyTorch's: its files hold members of any name.
+    is_torch = any(name.split("/")[1:] == ["data.pkl"] for name in names)
+    return npz_file.read_npz(path) if arrays and not is_torch else torch_zip.read_torch(path)
 
 
 def _kind(path: pathlib.Path) -> str:
@@ -66,11 +109,8 @@ def _kind(path: pathlib.Path) -> str:
         raise WeightsError(f"{path}: a plain pickle, which could run code: refused. {_CONVERT}")
     if head[257:262] == b"ustar":
         raise WeightsError(f"{path}: a tar file of an old PyTorch: refused. {_CONVERT}")
-    known = {b"\x93NUM": "a NumPy file", b"\x89HDF": "an HDF5 file", b"": "an empty file"}
-    what = known.get(head[:4], f"an unknown format (first bytes {head[:8]!r})")
-    raise WeightsError(
-        f"{path}: {what}. Accepted: .safetensors, its .index.json, and torch.save's zip files."
-    )
+    what = _REFUSED.get(head[:4], f"an unknown format (first bytes {head[:8]!r})")
+    raise WeightsError(f"{path}: {what}. Accepted: {_ACCEPTED}.")
 
 
 def _read_index(path: pathlib.Path) -> TensorFile:
@@ -99,7 +139,9 @@ def _read_index(path: pathlib.Path) -> TensorFile:
         entries.update({key: shard.entry(key) for key in shard})
     if problems:
         raise WeightsError(f"{path}: the index and its shards disagree.", problems)
-    return TensorFile(str(path), {key: entries[key] for key in weight_map})
+    tensors = TensorFile(str(path), {key: entries[key] for key in weight_map})
+    tensors.paths = tuple(path.parent / name for name in names)
+    return tensors
 
 
 def _is_plain(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,10 @@ class TensorFile(Mapping[str, np.ndarray]):
         """Args: origin: where the tensors come from, for messages; metadata: free text pairs."""
         self.origin = origin
         self.metadata = dict(metadata or {})
+        # What a model folder's config.json says; `read` fills it in.
+        self.config: dict[str, Any] = {}
+        # The file itself, or an index and its shards.
+        self.paths: tuple[pathlib.Path, ...] = ()
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -92,7 +97,9 @@ class TensorFile(Mapping[str, np.ndarray]):
             for name, entry in self._entries.items()
             if name.startswith(prefix)
         }
-        return TensorFile(f"{self.origin} under {prefix!r}", inner, self.metadata)
+        part = TensorFile(f"{self.origin} under {prefix!r}", inner, self.metadata)
+        part.config, part.paths = self.config, self.paths
+        return part
 
 
 def as_tensor_file(tensors: Mapping[str, Any]) -> TensorFile:
@@ -125,11 +132,11 @@ def view_bytes(
     Raises:
       WeightsError: it does not fit into `data`, or a bool is neither 0 nor 1.
     """
-    if 0 in shape:
-        return np.zeros(shape, dtype)
     is_bool = dtype == np.bool_
     kind = np.dtype(np.uint8) if is_bool else dtype
     try:
+        if 0 in shape:
+            return np.zeros(shape, dtype)
         array = np.ndarray(shape, kind, buffer=data, offset=offset, strides=strides)
     except (ValueError, TypeError, OverflowError) as error:
         raise WeightsError(f"a {dtype} tensor of shape {shape} does not fit: {error}") from None
@@ -138,3 +145,16 @@ def view_bytes(
     if array.max() > 1:
         raise WeightsError(f"a bool tensor of shape {shape} holds bytes other than 0 and 1.")
     return array.view(np.bool_)
+
+
+def native_order(array: np.ndarray, big_endian: bool) -> np.ndarray:
+    """Returns an array read as little-endian with its bytes turned around, if they were not that.
+
+    Args:
+      array: real numbers; its dtype is the wanted one.
+      big_endian: how the bytes lie; False returns `array` itself.
+    """
+    if not big_endian or array.dtype.itemsize == 1:
+        return array
+    # Through integers: byteswap does not know bfloat16. The copy is contiguous, scalars included.
+    return np.array(array, order="C").view(f"u{array.dtype.itemsize}").byteswap().view(array.dtype)

@@ -2,13 +2,17 @@
 
 Not a subclass of pickle.Unpickler: this little machine knows only the instructions that build
 dicts, lists, tuples, text and numbers, and the names that describe a tensor. No instruction of it
-could reach Python code, whatever the file says.
+could reach Python code, whatever the file says. An object of a TorchScript program is a bag of
+attributes to it; the name of its class is never looked up.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickletools
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxmodels.weights.tensor_file import WeightsError
@@ -35,7 +39,18 @@ STORAGES = {
 _ORDERED_DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
-_ALLOWED = {_ORDERED_DICT, _TENSOR, _PARAMETER, *STORAGES}
+_ALLOWED = frozenset([_ORDERED_DICT, _TENSOR, _PARAMETER, *STORAGES])
+
+# What a TorchScript program names besides: its own classes, and marks around values of attributes.
+_SCRIPT_CLASS = re.compile(r"__torch__(\.\w+)* \w+", re.ASCII)
+_MARKS = {
+    "torch.jit._pickle restore_type_tag": 2,
+    "torch.jit._pickle build_tensorlist": 1,
+    "torch.jit._pickle build_intlist": 1,
+    "torch.jit._pickle build_doublelist": 1,
+    "torch.jit._pickle build_boollist": 1,
+    "torch device": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +58,13 @@ class _Global:
     """A name in the pickle; never looked up."""
 
     name: str
+
+
+class _Object:
+    """An object of a TorchScript class: what its BUILD instruction sets, and nothing else."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +92,25 @@ def parse(data: bytes) -> dict[str, TensorRef]:
     Raises:
       WeightsError: the pickle names anything but tensors and plain containers, or is damaged.
     """
-    if len(data) > MAX_PICKLE_BYTES:
-        raise WeightsError(f"data.pkl has {len(data)} bytes; the limit is {MAX_PICKLE_BYTES}.")
-    return _collect(_Machine().run(data))
+    return _collect(_Machine().run(data), _items)
+
+
+def parse_module(data: bytes) -> dict[str, TensorRef]:
+    """Returns {name: tensor} of a TorchScript module; names of submodules are joined with dots.
+
+    Raises:
+      WeightsError: as `parse`; or no module, or one without a tensor.
+    """
+    root = _ModuleMachine().run(data)
+    if type(root) is not _Object:
+        raise WeightsError("a TorchScript program, but its data.pkl holds no module.")
+    tensors = _collect(root, _attributes)
+    if not tensors:
+        raise WeightsError(
+            "a TorchScript program whose modules hold no tensor: a frozen one keeps them in its "
+            "code. Save the state_dict() of the model before it is frozen."
+        )
+    return tensors
 
 
 def _is_count(*values: Any) -> bool:
@@ -82,12 +120,17 @@ def _is_count(*values: Any) -> bool:
 class _Machine:
     """The stack machine; each instruction is a method named after its opcode."""
 
+    # Calls that only mark the type of a value: {name: number of arguments, the value first}.
+    marks_around: Mapping[str, int] = {}
+
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
+        if len(data) > MAX_PICKLE_BYTES:
+            raise WeightsError(f"data.pkl has {len(data)} bytes; the limit is {MAX_PICKLE_BYTES}.")
         try:
             for opcode, argument, _ in pickletools.genops(data):
                 if opcode.name == "STOP":
@@ -176,8 +219,11 @@ class _Machine:
                 raise ValueError(f"a dict key of type {type(key).__name__}")
             target[key] = value
 
+    def accepts(self, name: str) -> bool:
+        return name in _ALLOWED
+
     def op_global(self, argument: Any) -> None:
-        if argument not in _ALLOWED:
+        if not self.accepts(argument):
             module, _, name = argument.rpartition(" ")
             raise WeightsError(
                 f"data.pkl names {module}.{name}, which a file of tensors does not need: refused, "
@@ -214,6 +260,8 @@ class _Machine:
             if type(arguments[0]) is not TensorRef:
                 raise ValueError("a parameter without a tensor")
             self.stack.append(arguments[0])
+        elif len(arguments) == self.marks_around.get(function.name):
+            self.stack.append(arguments[0])
         else:
             raise ValueError("a call that does not rebuild a tensor")
 
@@ -221,6 +269,29 @@ class _Machine:
         # A state dict carries its `_metadata` this way; it holds version numbers only.
         if type(self.stack.pop()) is not dict or type(self.stack[-1]) is not dict:
             raise ValueError("a state set on something that is not a dict")
+
+
+class _ModuleMachine(_Machine):
+    """The same for a TorchScript program: also makes objects, which are bags of attributes."""
+
+    marks_around = _MARKS
+
+    def accepts(self, name: str) -> bool:
+        return name in _ALLOWED or name in _MARKS or _SCRIPT_CLASS.fullmatch(name) is not None
+
+    def op_newobj(self, _: Any) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if type(kind) is not _Global or not _SCRIPT_CLASS.fullmatch(kind.name) or arguments != ():
+            raise ValueError("an object that is not of a TorchScript class")
+        self.stack.append(_Object())
+
+    def op_build(self, _: Any) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is not _Object or type(state) is not dict:
+            raise ValueError("an object whose state is not a dict of attributes")
+        if target.attributes is not None or not all(type(key) is str for key in state):
+            raise ValueError("an object whose attributes are set twice or have no names")
+        target.attributes = state
 
 
 _PUSH_ARGUMENT = frozenset(
@@ -255,14 +326,31 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
     return TensorRef(storage, offset, shape, strides)
 
 
-def _collect(root: Any) -> dict[str, TensorRef]:
-    """Returns the tensors of nested containers, named by their path; bounded in time and depth."""
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    """Returns what a container holds, named; nothing for any other value."""
+    if type(value) is dict:
+        return ((str(key), item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return ((str(i), item) for i, item in enumerate(value))
+    return ()
+
+
+def _attributes(value: Any) -> Iterable[tuple[str, Any]]:
+    """Returns the attributes of a module; its lists and dicts are no part of a state dict."""
+    return (value.attributes or {}).items() if type(value) is _Object else ()
+
+
+def _collect(
+    root: Any, children: Callable[[Any], Iterable[tuple[str, Any]]]
+) -> dict[str, TensorRef]:
+    """Returns the tensors under `root`, named by their path; bounded in time and depth."""
     found: dict[str, TensorRef] = {}
     waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
-    nodes = 0
+    nodes = 1
     while waiting:
         path, value = waiting.pop()
-        nodes += 1
+        own = list(itertools.islice(children(value), _MAX_NODES))
+        nodes += len(own)
         # A few shared or cyclic containers could otherwise stand for endlessly many.
         if nodes > _MAX_NODES or len(path) > _MAX_DEPTH:
             raise WeightsError(
@@ -273,9 +361,6 @@ def _collect(root: Any) -> dict[str, TensorRef]:
             if name in found or len(name) > _MAX_NAME:
                 raise WeightsError(f"data.pkl has two tensors, or an over-long name: {name[:80]!r}")
             found[name] = value
-        elif type(value) is dict:
-            waiting.extend(((*path, str(k)), v) for k, v in reversed(value.items()))
-        elif type(value) in (list, tuple):
-            children = [((*path, str(i)), v) for i, v in enumerate(value)]
-            waiting.extend(reversed(children))
+        else:
+            waiting.extend(((*path, name), item) for name, item in reversed(own))
     return found

@@ -1,55 +1,29 @@
 """Checkpoints of torch.save: tensors come out right, and nothing else in the file can act."""
 
-import os
 import pickle
-import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmodels import weights
 from jaxmodels.weights import torch_pickle
-
-FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+from tests.weights.archives import (
+    FLIPS,
+    FUZZ,
+    SIX,
+    Payload,
+    archive,
+    damaged,
+    named,
+    opened,
+    tensor,
+    text,
 )
-SIX = np.arange(6, dtype=np.float32).tobytes()
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def number(value: int) -> bytes:
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def numbers(values) -> bytes:
-    return b"(" + b"".join(map(number, values)) + b"t"
-
-
-def tensor(shape=(2, 3), strides=(3, 1), offset=0, numel=6, key="0", kind="torch\nFloatStorage"):
-    """The pickle instructions of one tensor, as torch.save writes them."""
-    storage = b"(" + text("storage") + b"c" + kind.encode() + b"\n" + text(key) + text("cpu")
-    return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(numel) + b"tQ" + number(offset)
-        + numbers(shape) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
-    )  # fmt: skip
-
-
-def named(value: bytes, name: str = "w") -> bytes:
-    return b"\x80\x02}" + text(name) + value + b"s."
-
-
-def archive(path, data_pkl: bytes, storage: bytes = SIX, *, compression=0, extra=()):
-    with zipfile.ZipFile(path, "w", compression) as file:
-        for name, content in [("m/data.pkl", data_pkl), ("m/data/0", storage), *extra]:
-            file.writestr(name, content)
-    return path
 
 
 def test_strides_and_offsets_are_respected_without_torch(tmp_path) -> None:
@@ -61,16 +35,6 @@ def test_a_big_endian_file_reads_the_same(tmp_path) -> None:
     storage = np.frombuffer(SIX, np.float32).astype(">f4").tobytes()
     path = archive(tmp_path / "m.pt", named(tensor()), storage, extra=[("m/byteorder", b"big")])
     np.testing.assert_array_equal(weights.read(path)["w"], np.arange(6.0).reshape(2, 3))
-
-
-class Payload:
-    """Would create a file if anything ran it."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.target}",))
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -183,7 +147,7 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path) -> None:
 def test_an_npz_is_not_taken_for_a_checkpoint(tmp_path) -> None:
     np.savez(tmp_path / "m.npz", a=np.zeros(2))
     with pytest.raises(weights.WeightsError, match="not a checkpoint of torch.save"):
-        weights.read(tmp_path / "m.npz")
+        weights.read_torch(tmp_path / "m.npz")
 
 
 def test_containers_that_repeat_without_end_are_cut_off() -> None:
@@ -209,19 +173,19 @@ def test_garbage_pickles_raise_only_weights_errors(garbage: bytes, position: int
 
 
 @FUZZ
-@given(flips=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), min_size=1))
+@given(flips=FLIPS)
 def test_damaged_archives_raise_only_weights_errors(tmp_path, flips) -> None:
     path = archive(tmp_path / "m.pt", named(tensor()), extra=[("m/byteorder", b"little")])
-    content = bytearray(path.read_bytes())
-    for position, value in flips:
-        content[position % len(content)] = value
-    path.write_bytes(content)
-    for cut in (len(content), flips[0][0] % len(content)):
-        path.write_bytes(content[:cut])
-        try:
-            dict(weights.read_torch(path)) if cut else dict(weights.read(path))
-        except weights.WeightsError:
-            pass
+    for _ in damaged(path, flips):
+        opened(path)
+        opened(path, weights.read_torch)
+
+
+def test_a_big_endian_scalar_stays_a_scalar(tmp_path) -> None:
+    path = tmp_path / "m.pt"
+    archive(path, named(tensor((), (), 0, 1)), b"\x3f\x80\0\0", extra=[("m/byteorder", b"big")])
+    found = weights.read(path)["w"]
+    assert found.shape == () and found == 1.0
 
 
 def torch_example(torch):
@@ -278,3 +242,32 @@ def test_whole_modules_and_legacy_files_of_real_torch_are_refused(tmp_path) -> N
     torch.save({"a": torch.ones(2)}, legacy, _use_new_zipfile_serialization=False)
     with pytest.raises(weights.WeightsError, match="plain pickle.*safetensors.torch.save_file"):
         weights.read(legacy)
+
+
+def test_wide_lists_inside_each_other_are_cut_off_before_they_fill_the_memory(monkeypatch) -> None:
+    monkeypatch.setattr(torch_pickle, "_MAX_NODES", 10**4)
+    value: tuple = ()
+    for _ in range(20):  # each holds the one before, very often; a small file says this
+        value = (value,) * 10**5
+    monkeypatch.setattr(torch_pickle._Machine, "run", lambda machine, data: value)
+    tracemalloc.start()
+    try:
+        with pytest.raises(weights.WeightsError, match="holds over"):
+            torch_pickle.parse(b"")
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_float16_empty_and_shared_tensors_of_nested_dicts_read_exactly(tmp_path) -> None:
+    torch = pytest.importorskip("torch")
+    base = torch.arange(12.0).half()
+    inner = {"a": base[:6].view(2, 3), "b": base[3:9], "none": base[:0].view(0, 5), "all": base}
+    torch.save({"model": {"state_dict": inner}, "step": 3, "best": None}, tmp_path / "m.pt")
+    found = weights.read(tmp_path / "m.pt").under("model.").under("state_dict.")
+    assert list(found) == list(inner)
+    for name, value in inner.items():
+        assert found.dtype(name) == np.float16 and found.shape(name) == tuple(value.shape)
+        np.testing.assert_array_equal(found[name], value.numpy())
+    with zipfile.ZipFile(tmp_path / "m.pt") as file:
+        assert sum("/data/" in name for name in file.namelist()) == 1, "not one shared storage"

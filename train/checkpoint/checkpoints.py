@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from jaxmodels.core import manifest
 from train import distributed, storage
 from train.checkpoint import leaves as leaves_lib
-from train.checkpoint import manifest
 from train.checkpoint import reader as reader_lib
 from train.checkpoint.folder import FROZEN, Folder, Retention
 from train.checkpoint.writer import Metric, Writer

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from train.checkpoint import manifest
+from jaxmodels.core import manifest
 
 FROZEN = "frozen"
 DAMAGED = "damaged"

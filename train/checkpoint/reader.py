@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from etils import epath
 
+from jaxmodels.core import manifest
+from jaxmodels.core.manifest import Manifest
 from train import storage
 from train.checkpoint import arrays as arrays_lib
 from train.checkpoint import leaves as leaves_lib
-from train.checkpoint import manifest
 from train.checkpoint.folder import FROZEN, Folder
-from train.checkpoint.manifest import Manifest
 from train.errors import CheckpointError, UsageError
 from train.state import TrainState
 
@@ -37,8 +37,8 @@ def damage(folder: Folder, step: int, under: tuple[str, ...] = ("",)) -> str | N
         storage.retry(lambda: manifest.verify(place, found, under))
     except manifest.Damaged as error:
         return str(error)
-    except UsageError:
-        raise
+    except manifest.NewerFormat as error:
+        raise UsageError(str(error)) from error
     except Exception as error:  # clients of remote storage raise types of their own
         raise failure(step, place, f"cannot be read: {manifest.one_line(error)}") from error
     _check_frozen(folder, step, found)
@@ -57,8 +57,8 @@ def _check_frozen(folder: Folder, step: int, found: Manifest) -> None:
             reason = "these are not the ones that the step was trained with"
     except manifest.Damaged as error:
         reason = str(error)
-    except UsageError:
-        raise
+    except manifest.NewerFormat as error:
+        raise UsageError(str(error)) from error
     except Exception as error:
         reason = f"cannot be read: {manifest.one_line(error)}"
     if reason:
@@ -98,8 +98,8 @@ def _described(folder: Folder, step: int, items: Any) -> dict[str, Any]:
         described = dict(facts["items"])
         if FROZEN in items and facts["frozen"] is not None:
             described |= manifest.read(folder.frozen).facts["items"]
-    except UsageError:
-        raise
+    except manifest.NewerFormat as error:
+        raise UsageError(str(error)) from error
     except Exception as error:
         raise failure(step, folder.path(step), manifest.one_line(error)) from error
     return {FROZEN: {"leaves": {}, "packed": []}} | described

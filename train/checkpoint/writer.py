@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from jaxmodels.core import manifest
 from train.checkpoint import leaves as leaves_lib
-from train.checkpoint import manifest
 from train.checkpoint.arrays import ArrayWriter
 from train.checkpoint.folder import FROZEN, Folder, Retention
 from train.state import TrainState

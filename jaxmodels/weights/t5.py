@@ -1,0 +1,113 @@
+"""Key table of Hugging Face's T5: v1.0, v1.1 and FLAN; encoders alone too."""
+
+from typing import Any
+
+from jaxmodels.weights.families import Family, count_layers, from_config
+from jaxmodels.weights.rules import TRANSPOSE, Ignore, Rule, Rules, dense, norm
+from jaxmodels.weights.tensor_file import TensorFile
+
+_BIAS = "relative_attention_bias.weight"
+
+
+def t5_rules(*, gated: bool, tied_head: bool, decoder: bool = True) -> Rules:
+    """Returns the table of `T5ForConditionalGeneration`, or of `T5EncoderModel`.
+
+    Args:
+      gated: the feed-forward has wi_0 and wi_1 (v1.1) in place of wi.
+      tied_head: the word table is the head: a `lm_head.weight` in the file must equal it.
+      decoder: the file has one.
+    """
+    tied = ["encoder.embed_tokens.weight"] + ["decoder.embed_tokens.weight"] * decoder
+    tied += ["lm_head.weight"] * (tied_head and decoder)
+    rules: list[Rule | Ignore] = [
+        Rule("shared.weight", "shared/embedding", aliases=tuple(tied)),
+        *_stack("encoder", ("attention",), gated),
+    ]
+    if decoder:
+        rules += _stack("decoder", ("attention", "cross"), gated)
+        # Old files carry a table that nothing reads.
+        rules.append(Ignore(f"decoder.block.0.layer.1.EncDecAttention.{_BIAS}"))
+    if decoder and not tied_head:
+        rules.append(Rule("lm_head.weight", "lm_head/kernel", TRANSPOSE))
+    return rules
+
+
+def _stack(name: str, attentions: tuple[str, ...], gated: bool) -> list[Rule | Ignore]:
+    block, ours = f"{name}.block.{{i}}.layer", f"{name}/layers"
+    rules: list[Rule | Ignore] = [
+        Rule(f"{name}.block.0.layer.0.SelfAttention.{_BIAS}", f"{name}/relative_bias/embedding"),
+        *norm(f"{name}.final_layer_norm", f"{name}/final_norm", bias=False),
+    ]
+    for i, attention in enumerate(attentions):
+        theirs = "EncDecAttention" if attention == "cross" else "SelfAttention"
+        for short, part in zip("qkvo", ("query", "key", "value", "out"), strict=True):
+            source, target = f"{block}.{i}.{theirs}.{short}", f"{ours}/{attention}/{part}"
+            rules += dense(source, target, bias=False)
+        our_norm = "cross_attention_norm" if attention == "cross" else "attention_norm"
+        rules += norm(f"{block}.{i}.layer_norm", f"{ours}/{our_norm}", bias=False)
+    last = len(attentions)
+    for part in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
+        source = f"{block}.{last}.DenseReluDense.{part}"
+        rules += dense(source, f"{ours}/ffn/{part}", bias=False)
+    rules += norm(f"{block}.{last}.layer_norm", f"{ours}/ffn_norm", bias=False)
+    return rules
+
+
+def _gated(file: TensorFile) -> bool:
+    return "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in file
+
+
+def _has_decoder(file: TensorFile) -> bool:
+    return "decoder.block.0.layer.0.SelfAttention.q.weight" in file
+
+
+def _tied(file: TensorFile) -> bool:
+    """Whether the word table is the head: as the settings say, else as the two generations do."""
+    tied = file.config.get("tie_word_embeddings")
+    # The newest writers say "tied" of every T5: a gated one that brings a head has its own.
+    own = "lm_head.weight" in file and _gated(file)
+    return "lm_head.weight" not in file or (bool(tied) and not own) or (tied is None and not own)
+
+
+def _rules(file: TensorFile) -> Rules:
+    decoder = _has_decoder(file)
+    return t5_rules(gated=_gated(file), tied_head=_tied(file), decoder=decoder)
+
+
+def _settings(file: TensorFile) -> dict[str, Any]:
+    q = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    table = f"encoder.block.0.layer.0.SelfAttention.{_BIAS}"
+    wi = "encoder.block.0.layer.1.DenseReluDense." + ("wi_0" if _gated(file) else "wi")
+    vocab_size, d_model = file.shape("shared.weight")
+    num_buckets, num_heads = file.shape(table)
+    found = {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "num_layers": count_layers(file, "encoder.block."),
+        "num_heads": num_heads,
+        "head_dim": file.shape(q)[0] // num_heads,
+        "d_ff": file.shape(f"{wi}.weight")[0],
+        "activation": "gelu_new" if _gated(file) else "relu",
+        "gated": _gated(file),
+        "tied_head": _tied(file),
+        "num_buckets": num_buckets,
+    }
+    if _has_decoder(file):
+        found["num_decoder_layers"] = count_layers(file, "decoder.block.")
+    told = {
+        "max_distance": "relative_attention_max_distance",
+        "norm_eps": "layer_norm_epsilon",
+        "dropout_rate": "dropout_rate",
+        "start_id": "decoder_start_token_id",
+    }
+    return found | from_config(file, told)
+
+
+FAMILIES = (
+    Family(
+        "t5",
+        detect=lambda file: 2 * (f"encoder.block.0.layer.0.SelfAttention.{_BIAS}" in file),
+        rules=_rules,
+        settings=_settings,
+    ),
+)

@@ -1,0 +1,167 @@
+"""Published weights start a run: placed whole, cast, the rest fresh; what does not fit is named."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxmodels import weights
+from jaxmodels.core import params as params_lib
+from jaxmodels.weights import families
+from jaxmodels.weights.rules import Rule, dense
+from tests.train import runs, toy_config
+from train import init_from
+from train.errors import UsageError
+from train.loop import train
+from train.trained import open_run
+
+WIDTH = 64
+TABLE = [Rule("wte.weight", "embedding/table"), *dense("fc", "hidden")]
+HEAD = [*dense("classifier", "head")]
+
+
+def toy_rules(file):
+    if "classifier.weight" not in file:
+        return TABLE
+    in_trunk = [Rule(r.source, f"trunk/{r.target}", r.transform) for r in TABLE]
+    return [*in_trunk, *HEAD]
+
+
+@pytest.fixture(autouse=True)
+def toy_family(monkeypatch):
+    """A published family whose trunk is part of the toy method's model."""
+    family = families.Family(
+        "toy", lambda file: 2 * ("wte.weight" in file), toy_rules, lambda file: {"width": WIDTH}
+    )
+    monkeypatch.setattr(families, "known_families", lambda: {"toy": family})
+
+
+def published(path, dtype=np.float32, head: bool = False, width: int = WIDTH):
+    rng = np.random.default_rng(0)
+    shapes = {"wte.weight": (64, width), "fc.weight": (width, width), "fc.bias": (width,)}
+    shapes |= {"classifier.weight": (3, width), "classifier.bias": (3,)} if head else {}
+    tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    weights.save_safetensors(path, tensors)
+    return tensors
+
+
+def short(**settings):
+    return runs.config(
+        total_steps=1, optimizer__warmup_steps=0, optimizer__learning_rate=1e-12, **settings
+    )
+
+
+def abstract(width: int = WIDTH, root: str = "", sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {"embedding/table": (64, width), "hidden/kernel": (width, width)}
+    shapes |= {"hidden/bias": (width,)}
+    shapes = {root + name: shape for name, shape in shapes.items()} | {"out/kernel": (width, 4)}
+    return params_lib.unflatten(
+        {
+            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+            for name, shape in shapes.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "converted", "bfloat16"])
+def test_a_run_starts_from_published_weights_and_fresh_heads(tmp_path, capsys, kind) -> None:
+    place = tmp_path / "model.safetensors"
+    tensors = published(place, ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32)
+    if kind != "file":
+        place = weights.convert(place, tmp_path / "converted").path
+    config = short(init_from=str(place))
+    train(config, tmp_path / "run", toy_config.FIELDS)
+    said = capsys.readouterr().out
+    assert "(toy): 3 parameters at the root; 2 stay fresh: out/bias, out/kernel" in said
+    params = open_run(tmp_path / "run").params
+    assert params["embedding"]["table"].dtype == np.float32
+    near = dict(atol=1e-9, rtol=1e-6)
+    np.testing.assert_allclose(
+        params["hidden"]["kernel"], tensors["fc.weight"].astype(np.float32).T, **near
+    )
+    np.testing.assert_allclose(
+        params["embedding"]["table"], tensors["wte.weight"].astype(np.float32), **near
+    )
+    # Fresh leaves are those of the seed, whatever the file holds.
+    train(short(), tmp_path / "fresh", toy_config.FIELDS)
+    fresh = open_run(tmp_path / "fresh").params
+    np.testing.assert_allclose(params["out"]["kernel"], fresh["out"]["kernel"], **near)
+
+
+def test_frozen_parameters_take_published_weights_too(tmp_path) -> None:
+    tensors = published(tmp_path / "m.safetensors")
+    config = short(init_from=str(tmp_path / "m.safetensors"), model__frozen="embedding")
+    train(config, tmp_path / "run", toy_config.FIELDS)
+    params = open_run(tmp_path / "run").params
+    np.testing.assert_array_equal(params["embedding"]["table"], tensors["wte.weight"])
+
+
+def test_a_trunk_is_found_under_trunk(tmp_path) -> None:
+    tensors = published(tmp_path / "m.safetensors")
+    placed, line = init_from.load(tmp_path / "m.safetensors", abstract(root="trunk/"))
+    assert sorted(placed) == ["trunk/embedding/table", "trunk/hidden/bias", "trunk/hidden/kernel"]
+    assert "3 parameters under trunk; 1 stay fresh: out/kernel" in line
+    np.testing.assert_array_equal(placed["trunk/hidden/bias"], tensors["fc.bias"])
+
+
+def test_leaves_are_placed_as_the_model_is_sharded(tmp_path) -> None:
+    mesh = jax.make_mesh((1,), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+    published(tmp_path / "m.safetensors")
+    converted = weights.convert(tmp_path / "m.safetensors", tmp_path / "c").path
+    for place in (tmp_path / "m.safetensors", converted):
+        placed, _ = init_from.load(place, abstract(sharding=sharding))
+        assert all(leaf.sharding == sharding for leaf in placed.values())
+
+
+def test_leaves_without_a_place_are_refused_and_the_trunk_alone_is_advised(tmp_path) -> None:
+    published(tmp_path / "m.safetensors", head=True)
+    with pytest.raises(UsageError) as error:
+        init_from.load(tmp_path / "m.safetensors", abstract(root="trunk/"))
+    text = str(error.value)
+    assert "2 of 5 leaves have no place in the model: head/bias, head/kernel" in text
+    assert "--part trunk" in text and "\n" not in text
+    made = weights.convert(tmp_path / "m.safetensors", tmp_path / "trunk", part="trunk")
+    assert len(init_from.load(made.path, abstract())[0]) == 3
+
+
+def test_another_size_is_refused_by_name_before_anything_is_read(tmp_path, monkeypatch) -> None:
+    published(tmp_path / "m.safetensors", width=32)
+    converted = weights.convert(tmp_path / "m.safetensors", tmp_path / "c").path
+    monkeypatch.setattr(weights, "load_sharded", None)
+    monkeypatch.setattr(weights.Converted, "load", None)
+    for place in (tmp_path / "m.safetensors", converted):
+        with pytest.raises(UsageError, match=f"init_from={place}: weights of another size") as e:
+            init_from.load(place, abstract())
+        assert "hidden/kernel is [32, 32], wanted [64, 64]" in str(e.value)
+
+
+def test_what_is_no_weights_file_is_refused_before_compiling(tmp_path) -> None:
+    weights.save_safetensors(tmp_path / "other.safetensors", {"x": np.zeros(3, np.float32)})
+    cut = tmp_path / "cut"
+    published(tmp_path / "m.safetensors")
+    weights.convert(tmp_path / "m.safetensors", cut)
+    (cut / "manifest.json").unlink()
+    altered = tmp_path / "altered"
+    weights.convert(tmp_path / "m.safetensors", altered)
+    largest = max((p for p in altered.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    for place, said in [
+        (tmp_path / "absent", "no such file"),
+        (tmp_path / "other.safetensors", "is of no known family"),
+        (cut, "no whole converted checkpoint: manifest.json is missing"),
+        (altered, "is damaged: .* differs from what was written"),
+    ]:
+        with pytest.raises(UsageError, match=said) as error:
+            train(short(init_from=str(place)), tmp_path / "run", toy_config.FIELDS)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_two_beginnings_at_once_are_refused(tmp_path) -> None:
+    config = short(init_from="a", warm_start="b")
+    with pytest.raises(UsageError, match="init_from and warm_start both"):
+        train(config, tmp_path / "run", toy_config.FIELDS)
