@@ -1,0 +1,84 @@
+"""From a model that can `start` and `step` to sequences, as one compiled function."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxmodels.decoding.contract import Generated
+from jaxmodels.decoding.search import generate
+from jaxmodels.decoding.settings import GenerationSettings
+
+
+class Generator:
+    """Generates with one model and one way to choose; compiled once for each shape of inputs.
+
+        generator = decoding.Generator(t5.T5(config), settings)
+        found = generator(params, input_ids, attention_mask)
+
+    Attributes:
+      model: a module with the methods of `core.generation`.
+      settings: how to choose.
+    """
+
+    def __init__(self, model: nn.Module, settings: GenerationSettings):
+        """Takes the unbound model and the settings; compiles nothing yet."""
+        self.model, self.settings = model, settings
+        self._compiled = jax.jit(functools.partial(_generate, model, settings))
+
+    def __call__(
+        self,
+        params: Any,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        rng: jax.Array | None = None,
+        **inputs: Any,
+    ) -> Generated:
+        """Generates a continuation (or the decoder's output) for each row.
+
+        Args:
+          params: of the model, plain arrays, laid out on devices in any way.
+          input_ids: [batch, length] int. Decoder-only prompts are padded on the left, inputs of an
+            encoder on the right: see `pad_to_bucket`, so that few lengths are compiled.
+          attention_mask: [batch, length], 1 on real tokens; default all ones.
+          rng: for settings.do_sample.
+          **inputs: what else the model's `start` takes, such as images.
+
+        Raises:
+          ValueError: inputs that do not fit together, or sampling without `rng`.
+        """
+        return self._compiled(params, input_ids, attention_mask, rng, inputs)
+
+    def lower(self, params: Any, *inputs: Any) -> Any:
+        """Returns the lowered program for arrays or shape structs, to compile ahead of time."""
+        filled = (*inputs, *[None] * (3 - len(inputs)))
+        return self._compiled.lower(params, *filled, {})
+
+
+def _generate(
+    model: nn.Module,
+    settings: GenerationSettings,
+    params: Any,
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    rng: jax.Array | None,
+    inputs: dict[str, Any],
+) -> Generated:
+    variables = {"params": params}
+    started = model.apply(
+        variables,
+        input_ids,
+        attention_mask,
+        max_new_tokens=settings.max_new_tokens,
+        method="start",
+        **inputs,
+    )
+
+    def step(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return model.apply(variables, tokens, cache, started.fixed, method="step")
+
+    return generate(
+        step, started.prompt, started.logits, started.cache, settings, rng, started.prompt_mask
+    )
