@@ -1,0 +1,342 @@
+"""T5 encoder-decoders: v1.0 (ReLU, tied head) and v1.1 / FLAN (gated GELU, head of its own)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxmodels.core import attention, blocks, hooks, layers, stack
+from jaxmodels.core.generation import Started
+from jaxmodels.core.kv_cache import KVCache
+from jaxmodels.core.relative_bias import RelativeBias
+
+MASKED = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5.
+
+    Attributes:
+      vocab_size: rows of the word table (32,100 real ids in the published models).
+      d_model: width of the residual stream.
+      num_layers: of the encoder.
+      num_decoder_layers: of the decoder.
+      num_heads: H.
+      head_dim: width of a head; num_heads * head_dim may differ from d_model.
+      d_ff: inner width of the feed-forward.
+      activation: of the feed-forward: "relu" (v1.0) or "gelu_new" (v1.1).
+      gated: feed-forward with two inner projections (v1.1).
+      tied_head: the word table is the head, and the decoder's output is scaled by d_model ** -0.5
+        before it (v1.0); else a head of its own (v1.1).
+      num_buckets: of relative distances.
+      max_distance: from which on all distances share a bucket.
+      norm_eps: of the RMS norms.
+      dropout_rate: everywhere T5 drops: embeddings, attention weights, inner feed-forward values,
+        branches, and behind the final norms.
+      start_id: first token of the decoder; also stands for padding in shifted labels.
+      remat: remat policy of the layers, see `blocks.REMAT_POLICIES`.
+      implementation: see `attention.dot_product_attention`.
+      dtype: of the matrix products.
+      encoder_hooks: what a method changes in the encoder, by groups of layers (`core.hooks`).
+      decoder_hooks: the same of the decoder.
+
+    Raises:
+      ValueError: a size below 1, or an unknown activation.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 8
+    head_dim: int = 64
+    d_ff: int = 2048
+    activation: str = "relu"
+    gated: bool = False
+    tied_head: bool = True
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    dropout_rate: float = 0.1
+    start_id: int = 0
+    remat: str = "none"
+    implementation: str | None = None
+    dtype: Any = jnp.float32
+    encoder_hooks: tuple[hooks.LayerHooks, ...] = ()
+    decoder_hooks: tuple[hooks.LayerHooks, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name != "start_id" and value < 1:
+                raise ValueError(f"model.{field.name}={value}: must be at least 1.")
+        layers.activation(self.activation)
+
+    def make_layer(self, decoder: bool = False) -> blocks.TransformerLayer:
+        """Returns one unbound layer; initialised as published (mm_cot.md section 5)."""
+        d_model, inner = self.d_model, self.num_heads * self.head_dim
+        stds = {
+            "query": (d_model * self.head_dim) ** -0.5,
+            "key": d_model**-0.5,
+            "value": d_model**-0.5,
+            "out": inner**-0.5,
+            "wi": d_model**-0.5,
+            "wo": self.d_ff**-0.5,
+        }
+        return blocks.TransformerLayer(
+            num_heads=self.num_heads,
+            d_model=d_model,
+            d_ff=self.d_ff,
+            norm_eps=self.norm_eps,
+            dropout_rate=self.dropout_rate,
+            attention_dropout_rate=self.dropout_rate,
+            ffn_dropout_rate=self.dropout_rate,
+            # Dropped weights need the plain implementation only where something is dropped.
+            implementation=self.implementation,
+            dtype=self.dtype,
+            head_dim=self.head_dim,
+            scale=1.0,
+            use_bias=False,
+            norm="rms",
+            activation=self.activation,
+            gated=self.gated,
+            cross_attention=decoder,
+            inits={name: nn.initializers.normal(std) for name, std in stds.items()},
+            parent=None,
+        )
+
+
+def _sized(d_model: int, d_ff: int, num_layers: int, num_heads: int, **more: Any) -> T5Config:
+    return T5Config(
+        d_model=d_model,
+        d_ff=d_ff,
+        num_layers=num_layers,
+        num_decoder_layers=num_layers,
+        num_heads=num_heads,
+        **more,
+    )
+
+
+_V11 = {"activation": "gelu_new", "gated": True, "tied_head": False}
+
+# The published models; unifiedqa-t5 has the sizes of t5, flan-alpaca those of flan_t5.
+SIZES: dict[str, T5Config] = {
+    "t5_small": _sized(512, 2048, 6, 8),
+    "t5_base": _sized(768, 3072, 12, 12),
+    "t5_large": _sized(1024, 4096, 24, 16),
+    "t5_3b": _sized(1024, 16384, 24, 32, head_dim=128),
+    "t5_11b": _sized(1024, 65536, 24, 128, head_dim=128),
+    "flan_t5_small": _sized(512, 1024, 8, 6, **_V11),
+    "flan_t5_base": _sized(768, 2048, 12, 12, **_V11),
+    "flan_t5_large": _sized(1024, 2816, 24, 16, **_V11),
+    "flan_t5_xl": _sized(2048, 5120, 24, 32, **_V11),
+    "flan_t5_xxl": _sized(4096, 10240, 24, 64, **_V11),
+}
+
+
+class T5Stack(stack.Stack):
+    """Encoder or decoder: a stack of layers that share one relative position bias.
+
+    Attributes:
+      bias: unbound; its parameters stand at `relative_bias`.
+    """
+
+    bias: RelativeBias | None = None
+
+    def setup(self) -> None:
+        super().setup()
+        self.relative_bias = self.bias.clone(parent=None)
+
+    def position_bias(self, num_queries: int, num_keys: int) -> jax.Array:
+        """Returns the bias [1, H, Q, K] of positions counted from 0."""
+        return self.relative_bias(num_queries, num_keys)
+
+    def position_bias_at(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Returns the bias [B, H, Q, K] of positions [B, Q] and [B, K]."""
+        return self.relative_bias.at(query, key)
+
+
+class T5(nn.Module):
+    """Encoder, decoder and head.
+
+    Parameters: `shared` (word table), `encoder` and `decoder` (`layers`, `relative_bias`,
+    `final_norm`, hooks) and, untied, `lm_head`.
+
+    Attributes:
+      config: sizes; a Hugging Face checkpoint loads with `jaxmodels.weights`.
+    """
+
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        normal = nn.initializers.normal
+        self.shared = layers.Embedding(
+            config.vocab_size, config.d_model, embedding_init=normal(1.0)
+        )
+        self.encoder = self._stack(decoder=False)
+        self.decoder = self._stack(decoder=True)
+        if not config.tied_head:
+            self.lm_head = layers.Dense(
+                config.vocab_size, ("embed", "vocab"), False, config.dtype, normal(1.0)
+            )
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def _stack(self, decoder: bool) -> T5Stack:
+        config = self.config
+        bias = RelativeBias(
+            config.num_heads,
+            config.num_buckets,
+            config.max_distance,
+            bidirectional=not decoder,
+            embedding_init=nn.initializers.normal(config.d_model**-0.5),
+            parent=None,
+        )
+        return T5Stack(
+            layer=config.make_layer(decoder),
+            num_layers=config.num_decoder_layers if decoder else config.num_layers,
+            layer_hooks=config.decoder_hooks if decoder else config.encoder_hooks,
+            final_norm="rms",
+            dropout_rate=config.dropout_rate,
+            remat=config.remat,
+            bias=bias,
+        )
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Returns the word embeddings of ids [B, L] int -> [B, L, d_model] float32."""
+        return self.shared(ids)
+
+    def encode(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Encodes ids, or embeddings (soft prompts in front of `embed(ids)`, say).
+
+        Args:
+          input_ids: [B, L] int.
+          attention_mask: [B, L], 1 on real tokens; default all ones.
+          inputs_embeds: [B, L, d_model], in place of ids.
+          deterministic: no dropout; else an rng named "dropout" is needed.
+
+        Returns:
+          [B, L, d_model] float32, after the final norm.
+
+        Raises:
+          ValueError: ids and embeddings are both given, or neither.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("encode takes either input_ids or inputs_embeds: give one of them.")
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        bias = self.encoder.position_bias(x.shape[1], x.shape[1])
+        if attention_mask is not None:
+            bias = bias + _mask_bias(attention_mask)
+        x = self.dropout(x, deterministic=deterministic)
+        return self.encoder(x, bias, deterministic)
+
+    def decode(
+        self,
+        decoder_input_ids: jax.Array,
+        encoded: jax.Array,
+        attention_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Runs the decoder on whole sequences (training).
+
+        Args:
+          decoder_input_ids: [B, T] int, see `shift_right`.
+          encoded: [B, L, d_model], what it cross-attends to.
+          attention_mask: [B, L], 1 on real rows of `encoded`; default all ones.
+          deterministic: no dropout.
+
+        Returns:
+          [B, T, d_model] float32, after the final norm; `head` makes logits of it.
+        """
+        x = self.dropout(self.embed(decoder_input_ids), deterministic=deterministic)
+        length = x.shape[1]
+        causal = attention.causal_bias(length, length)
+        bias = self.decoder.position_bias(length, length) + causal
+        mask = None if attention_mask is None else _mask_bias(attention_mask)
+        return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Returns logits [..., vocab_size] float32 of decoder outputs [..., d_model]."""
+        if not self.config.tied_head:
+            return self.lm_head(hidden).astype(jnp.float32)
+        table = self.shared.embedding.astype(self.config.dtype)
+        hidden = (hidden * self.config.d_model**-0.5).astype(self.config.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Returns logits [B, T, vocab_size] float32; `decoder_input_ids` default to a start token.
+
+        Args: as `encode` and `decode`.
+        """
+        if decoder_input_ids is None:
+            decoder_input_ids = jnp.full((input_ids.shape[0], 1), self.config.start_id, jnp.int32)
+        encoded = self.encode(input_ids, attention_mask, deterministic=deterministic)
+        hidden = self.decode(decoder_input_ids, encoded, attention_mask, deterministic)
+        return self.head(hidden)
+
+    def start(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        max_new_tokens: int,
+        inputs_embeds: jax.Array | None = None,
+    ) -> Started:
+        """Encodes, and decodes the start token: see `core.generation`."""
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+        return self.start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
+
+    def start_from(
+        self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
+    ) -> Started:
+        """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
+        batch, length = encoded.shape[:2]
+        if attention_mask is None:
+            attention_mask = jnp.ones((batch, length), jnp.int32)
+        fixed = (self.decoder.context_caches(encoded), _mask_bias(attention_mask))
+        # The last new token is chosen and never read: max_new_tokens places hold all before it.
+        caches = self.decoder.empty_caches(batch, max_new_tokens)
+        prompt = jnp.full((batch, 1), self.config.start_id, jnp.int32)
+        logits, caches = self.step(prompt[:, 0], caches, fixed)
+        return Started(prompt, None, logits, caches, fixed)
+
+    def step(
+        self,
+        tokens: jax.Array,
+        caches: tuple[KVCache, ...],
+        fixed: tuple[tuple[KVCache, ...], jax.Array],
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Decodes one token a row: see `core.generation`; tokens [N] int32."""
+        contexts, mask_bias = fixed
+        at, places = caches[0].length, jnp.arange(caches[0].max_length)
+        bias = self.decoder.position_bias_at(at[None, None], places[None])
+        x, caches = self.decoder.decode(
+            self.embed(tokens[:, None]), caches, bias, contexts=contexts, context_bias=mask_bias
+        )
+        return self.head(x[:, 0]), caches
+
+
+def _mask_bias(mask: jax.Array) -> jax.Array:
+    return attention.key_mask_bias(mask, MASKED)[:, None, None, :]
+
+
+def shift_right(labels: jax.Array, start_id: int = 0, pad_id: int = 0) -> jax.Array:
+    """Returns decoder inputs [B, T] of labels [B, T]: start token in front, -100 as padding."""
+    shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    return jnp.where(shifted == -100, pad_id, shifted)
