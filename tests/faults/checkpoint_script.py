@@ -161,6 +161,7 @@ def small_disk(workdir: pathlib.Path) -> None:
         tell(saved, range(2, 4))
         filler.unlink()
         tell(saved, range(3, 5))
+        saved.wait()  # the deletion of old steps too: no file may be open for writing
         subprocess.run(["mount", "-o", "remount,ro", str(workdir)], check=True)
         tell(saved, range(5, 8))
         print("steps:", saved.steps(), flush=True)
