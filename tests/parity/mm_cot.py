@@ -10,7 +10,6 @@ import numpy as np
 from jaxmodels import decoding, weights
 from jaxmodels.core import attention, losses
 from jaxmodels.core.relative_bias import RelativeBias
-from jaxmodels.decoding.generator import Generator
 from jaxmodels.trunks import t5
 from jaxmodels.weights.tensor_file import as_tensor_file
 
@@ -159,7 +158,7 @@ def generated(
         pad_token_id=case.meta["pad_token_id"],
         return_logits=steps in case.expected,
     )
-    found = Generator(model, settings)(
+    found = decoding.Generator(model, settings)(
         params, case.inputs["input_ids"], case.inputs["attention_mask"]
     )
     computed = {f"outputs/gen.{name}.sequences_scores": found.scores}
