@@ -78,5 +78,8 @@ def cached_attention(
             bias = bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bgsqt,bgtd->bqgsd", weights, value, preferred_element_type=jnp.float32)
+    # One axis for all queries of a head: the CPU has no half-precision product for two.
+    flat = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
+    mixed = jnp.einsum("bgmt,bgtd->bgmd", flat, value, preferred_element_type=jnp.float32)
+    mixed = jnp.moveaxis(mixed.reshape(*weights.shape[:-1], width), 3, 1)
     return mixed.reshape(rows, length, heads, width).astype(query.dtype)

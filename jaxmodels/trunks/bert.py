@@ -280,7 +280,7 @@ class MLMHead(nn.Module):
 
 
 class DiscriminatorHead(nn.Module):
-    """ELECTRA's logit of a replaced token, out_proj(gelu(dense(x))): [..., d_model] -> [...] float32.
+    """out_proj(gelu(dense(x))): [..., d_model] -> [...] float32, logits of replaced tokens.
 
     Attributes:
       dtype: of the matrix products.

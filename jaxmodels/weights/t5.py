@@ -62,11 +62,10 @@ def _has_decoder(file: TensorFile) -> bool:
 
 
 def _tied(file: TensorFile) -> bool:
-    """Whether the word table is the head: as the settings say, else as the two generations do."""
-    tied = file.config.get("tie_word_embeddings")
-    # The newest writers say "tied" of every T5: a gated one that brings a head has its own.
-    own = "lm_head.weight" in file and _gated(file)
-    return "lm_head.weight" not in file or (bool(tied) and not own) or (tied is None and not own)
+    """Whether the word table is the head: where the file has no other, in v1.0 beside its copy."""
+    # Newest writers call every T5 tied: a gated model that brings a head has its own all the same.
+    own = _gated(file) or file.config.get("tie_word_embeddings") is False
+    return "lm_head.weight" not in file or not own
 
 
 def _rules(file: TensorFile) -> Rules:
@@ -92,6 +91,9 @@ def _settings(file: TensorFile) -> dict[str, Any]:
         "tied_head": _tied(file),
         "num_buckets": num_buckets,
     }
+    if found["tied_head"]:
+        tied = file.config.get("tie_word_embeddings") is not False
+        found["scaled_output"] = bool(file.config.get("scale_decoder_outputs", tied))
     if _has_decoder(file):
         found["num_decoder_layers"] = count_layers(file, "decoder.block.")
     told = {
