@@ -29,8 +29,9 @@ class T5Config:
       d_ff: inner width of the feed-forward.
       activation: of the feed-forward: "relu" (v1.0) or "gelu_new" (v1.1).
       gated: feed-forward with two inner projections (v1.1).
-      tied_head: the word table is the head, and the decoder's output is scaled by d_model ** -0.5
-        before it (v1.0); else a head of its own (v1.1).
+      tied_head: the word table is the head (v1.0); else a head of its own (v1.1).
+      scaled_output: before a tied head the decoder's output is multiplied by d_model ** -0.5, as
+        in v1.0; files of transformers 5 may have a tied head without it.
       num_buckets: of relative distances.
       max_distance: from which on all distances share a bucket.
       norm_eps: of the RMS norms.
@@ -57,6 +58,7 @@ class T5Config:
     activation: str = "relu"
     gated: bool = False
     tied_head: bool = True
+    scaled_output: bool = True
     num_buckets: int = 32
     max_distance: int = 128
     norm_eps: float = 1e-6
@@ -94,7 +96,6 @@ class T5Config:
             dropout_rate=self.dropout_rate,
             attention_dropout_rate=self.dropout_rate,
             ffn_dropout_rate=self.dropout_rate,
-            # Dropped weights need the plain implementation only where something is dropped.
             implementation=self.implementation,
             dtype=self.dtype,
             head_dim=self.head_dim,
@@ -270,7 +271,8 @@ class T5(nn.Module):
         if not self.config.tied_head:
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.shared.embedding.astype(self.config.dtype)
-        hidden = (hidden * self.config.d_model**-0.5).astype(self.config.dtype)
+        scale = self.config.d_model**-0.5 if self.config.scaled_output else 1.0
+        hidden = (hidden * scale).astype(self.config.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def __call__(
