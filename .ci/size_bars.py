@@ -30,7 +30,9 @@ FILE_LINES = {"median": 180, "p90": 400, "max": 600}
 FUNCTION_LINES = {"median": 12, "p90": 40, "max": 100}
 KERNEL_FUNCTION_LINES = 200
 MAX_ARGUMENTS = 8
-MAX_CODE_LINES = 15_000
+# Ten methods, seven families of trunks with their weights, a trainer and kernels; levanter, the
+# nearest in scope, has 32,777.
+MAX_CODE_LINES = 33_000
 TEST_RATIO = (0.6, 1.0)
 SHOWN = 12  # offenders listed for each bar
 

@@ -71,8 +71,11 @@ def _rope(file: TensorFile) -> dict[str, Any]:
     parts = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
     if not all(isinstance(part, dict) for part in parts):
         raise WeightsError(f"{file.origin}: rope settings {parts} are not understood.")
-    found = {**parts[0], **parts[1]}
-    kind = found.get("rope_type", found.get("type", "default"))
+    # Where there are both, the older form counts, as it does in transformers.
+    found = {
+        k: v for part in parts for k, v in {"rope_type": part.get("type"), **part}.items() if v
+    }
+    kind = found.get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise WeightsError(
             f"{file.origin}: config.json says rope_type={kind!r}, which is not supported; "

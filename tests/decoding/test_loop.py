@@ -155,6 +155,7 @@ def test_step_logits_are_the_steps_own(beams: int) -> None:
     assert tables.run(logits, [[5, 3]], **chosen).step_logits is None
 
 
+@pytest.mark.slow
 def test_rows_split_over_devices_give_the_same_and_exchange_no_cache() -> None:
     run = runs.python("-m", "tests.decoding.split_rows", devices=2)
     assert run.stdout.strip() == "same", run.stderr

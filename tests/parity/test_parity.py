@@ -18,7 +18,7 @@ from .tolerances import Bound, bound
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("JAXMODELS_SHARED", ROOT.parent / "shared"))
-METHODS = ("aim", "lemda", "pomp", "vcc")
+METHODS = ("vcc", "mm_cot", "pomp", "aim", "lemda")
 
 
 def shared_files() -> list[Path]:

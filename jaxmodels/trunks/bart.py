@@ -1,0 +1,338 @@
+"""BART encoder-decoders, post-norm as published; and mBART's, pre-norm."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxmodels.core import attention, blocks, hooks, layers, stack
+from jaxmodels.core.generation import Started
+from jaxmodels.core.kv_cache import KVCache
+
+POSITION_OFFSET = 2  # rows at the top of the position tables that are no positions
+MASKED = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class BartConfig:
+    """Sizes of a BART; the defaults are those of BART-base.
+
+    Attributes:
+      vocab_size: rows of the word table.
+      d_model: width of the residual stream.
+      num_layers: of the encoder.
+      num_decoder_layers: of the decoder.
+      num_heads: attention heads; divides d_model.
+      d_ff: inner width of the feed-forward.
+      max_positions: longest input and output; the position tables have 2 rows more.
+      norm_order: "post" (BART) or "pre" (mBART: norms in front, and a final norm a stack).
+      norm_eps: of the layer norms.
+      activation: of the feed-forward, see `layers.ACTIVATIONS`.
+      scale_embedding: word embeddings are multiplied by sqrt(d_model) (mBART); not in the head.
+      logits_bias: a bias is added to the logits; published files hold zeros there.
+      start_id: first token of the decoder.
+      pad_id: stands for padding in shifted labels.
+      dropout_rate: of embeddings and branches.
+      attention_dropout_rate: of attention weights.
+      ffn_dropout_rate: of the inner values of the feed-forward.
+      remat: remat policy of the layers, see `blocks.REMAT_POLICIES`.
+      implementation: see `attention.dot_product_attention`.
+      dtype: of the matrix products.
+      encoder_hooks: what a method changes in the encoder, by groups of layers (`core.hooks`).
+      decoder_hooks: the same of the decoder.
+
+    Raises:
+      ValueError: sizes that do not fit together, an unknown norm order or activation.
+    """
+
+    vocab_size: int = 50265
+    d_model: int = 768
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 12
+    d_ff: int = 3072
+    max_positions: int = 1024
+    norm_order: str = "post"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    scale_embedding: bool = False
+    logits_bias: bool = False
+    start_id: int = 2
+    pad_id: int = 1
+    dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.1
+    ffn_dropout_rate: float = 0.1
+    remat: str = "none"
+    implementation: str | None = None
+    dtype: Any = jnp.float32
+    encoder_hooks: tuple[hooks.LayerHooks, ...] = ()
+    decoder_hooks: tuple[hooks.LayerHooks, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "d_model", "num_layers", "num_decoder_layers", "num_heads", "d_ff")
+        for field in (*sizes, "max_positions"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1.")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; "
+                "choose a divisor of the width."
+            )
+        if self.norm_order not in ("pre", "post"):
+            raise ValueError(f"model.norm_order={self.norm_order!r}: use 'post' or 'pre'.")
+        layers.activation(self.activation)
+
+    def make_stack(self, decoder: bool = False) -> stack.Stack:
+        """Returns the encoder's stack of layers, or the decoder's."""
+        layer = blocks.TransformerLayer(
+            num_heads=self.num_heads,
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            norm_order=self.norm_order,
+            norm_eps=self.norm_eps,
+            dropout_rate=self.dropout_rate,
+            attention_dropout_rate=self.attention_dropout_rate,
+            ffn_dropout_rate=self.ffn_dropout_rate,
+            implementation=self.implementation,
+            dtype=self.dtype,
+            activation=self.activation,
+            cross_attention=decoder,
+            parent=None,
+        )
+        return stack.Stack(
+            layer,
+            self.num_decoder_layers if decoder else self.num_layers,
+            self.decoder_hooks if decoder else self.encoder_hooks,
+            final_norm="layer" if self.norm_order == "pre" else "",
+            remat=self.remat,
+        )
+
+
+def _large(**more: Any) -> BartConfig:
+    return BartConfig(
+        d_model=1024, num_layers=12, num_decoder_layers=12, num_heads=16, d_ff=4096, **more
+    )
+
+
+# The published models; fine-tuned ones have these sizes, some a few rows of vocabulary more.
+SIZES: dict[str, BartConfig] = {
+    "bart_base": BartConfig(),
+    "bart_large": _large(),
+    "mbart_large": _large(vocab_size=250027, norm_order="pre", scale_embedding=True),
+}
+
+
+class BartEmbeddings(nn.Module):
+    """norm(word embeddings + position[index + 2]), then dropout.
+
+    Attributes:
+      config: sizes.
+    """
+
+    config: BartConfig
+
+    def setup(self) -> None:
+        config = self.config
+        rows = config.max_positions + POSITION_OFFSET
+        self.position = layers.Embedding(rows, config.d_model, (None, "embed"))
+        self.norm = layers.LayerNorm(config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def __call__(
+        self, x: jax.Array, start: jax.Array | int = 0, deterministic: bool = True
+    ) -> jax.Array:
+        """Returns the residual stream of word embeddings `x` [B, L, d_model] from place `start`."""
+        positions = POSITION_OFFSET + start + jnp.arange(x.shape[1])
+        x = self.norm(x + self.position(positions))
+        return self.dropout(x, deterministic=deterministic)
+
+
+class BartModel(nn.Module):
+    """Encoder, decoder and head, which is the word table.
+
+    Parameters: `shared` (word table), `encoder_embeddings` and `decoder_embeddings` (`position`,
+    `norm`), `encoder` and `decoder` (`layers`, hooks, and pre-norm `final_norm`) and, where there
+    is one, `final_logits_bias`.
+
+    Attributes:
+      config: sizes; a Hugging Face checkpoint loads with `jaxmodels.weights`.
+    """
+
+    config: BartConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.shared = layers.Embedding(config.vocab_size, config.d_model)
+        self.encoder_embeddings = BartEmbeddings(config)
+        self.decoder_embeddings = BartEmbeddings(config)
+        self.encoder = config.make_stack()
+        self.decoder = config.make_stack(decoder=True)
+        if config.logits_bias:
+            init = layers.partitioned(nn.initializers.zeros, ("vocab",))
+            self.final_logits_bias = self.param(
+                "final_logits_bias", init, (config.vocab_size,), jnp.float32
+            )
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Returns the word embeddings of ids [B, L] int -> [B, L, d_model] float32, scaled."""
+        x = self.shared(ids)
+        return x * self.config.d_model**0.5 if self.config.scale_embedding else x
+
+    def encode(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Encodes ids, or embeddings (soft prompts in front of `embed(ids)`, say).
+
+        Args:
+          input_ids: [B, L] int.
+          attention_mask: [B, L], 1 on real tokens; default all ones.
+          inputs_embeds: [B, L, d_model], in place of ids.
+          deterministic: no dropout; else an rng named "dropout" is needed.
+
+        Returns:
+          [B, L, d_model] float32.
+
+        Raises:
+          ValueError: ids and embeddings are both given, or neither; L is above max_positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("encode takes either input_ids or inputs_embeds: give one of them.")
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        self._check_length("input", x.shape[1])
+        x = self.encoder_embeddings(x, deterministic=deterministic)
+        bias = None if attention_mask is None else _mask_bias(attention_mask)
+        return self.encoder(x, bias, deterministic)
+
+    def decode(
+        self,
+        decoder_input_ids: jax.Array,
+        encoded: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Runs the decoder on whole sequences (training).
+
+        Args:
+          decoder_input_ids: [B, T] int, see `shift_right`.
+          encoded: [B, L, d_model], what it cross-attends to.
+          attention_mask: [B, L], 1 on real rows of `encoded`; default all ones.
+          decoder_attention_mask: [B, T], 1 on tokens that may be attended to; default all ones
+            (padding behind a sequence is behind what the causal mask lets it see).
+          deterministic: no dropout.
+
+        Returns:
+          [B, T, d_model] float32; `head` makes logits of it.
+
+        Raises:
+          ValueError: T is above max_positions.
+        """
+        length = decoder_input_ids.shape[1]
+        self._check_length("output", length)
+        x = self.decoder_embeddings(self.embed(decoder_input_ids), deterministic=deterministic)
+        bias = attention.causal_bias(length, length)
+        if decoder_attention_mask is not None:
+            bias = bias + _mask_bias(decoder_attention_mask)
+        mask = None if attention_mask is None else _mask_bias(attention_mask)
+        return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Returns logits [..., vocab_size] float32 of decoder outputs [..., d_model]."""
+        dtype = self.config.dtype
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden.astype(dtype),
+            self.shared.embedding.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits + self.final_logits_bias if self.config.logits_bias else logits
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Returns logits [B, T, vocab_size] float32; `decoder_input_ids` default to a start token.
+
+        Args: as `encode` and `decode`.
+        """
+        if decoder_input_ids is None:
+            decoder_input_ids = self._start_tokens(input_ids.shape[0])
+        encoded = self.encode(input_ids, attention_mask, deterministic=deterministic)
+        hidden = self.decode(
+            decoder_input_ids, encoded, attention_mask, decoder_attention_mask, deterministic
+        )
+        return self.head(hidden)
+
+    def start(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        max_new_tokens: int,
+        inputs_embeds: jax.Array | None = None,
+    ) -> Started:
+        """Encodes, and decodes the start token: see `core.generation`."""
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+        return self.start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
+
+    def start_from(
+        self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
+    ) -> Started:
+        """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
+        # The last new token is chosen and never read: max_new_tokens places hold all before it.
+        self._check_length("output", max_new_tokens)
+        batch, length = encoded.shape[:2]
+        if attention_mask is None:
+            attention_mask = jnp.ones((batch, length), jnp.int32)
+        fixed = (self.decoder.context_caches(encoded), _mask_bias(attention_mask))
+        caches = self.decoder.empty_caches(batch, max_new_tokens)
+        prompt = self._start_tokens(batch)
+        logits, caches = self.step(prompt[:, 0], caches, fixed)
+        return Started(prompt, None, logits, caches, fixed)
+
+    def step(
+        self,
+        tokens: jax.Array,
+        caches: tuple[KVCache, ...],
+        fixed: tuple[tuple[KVCache, ...], jax.Array],
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Decodes one token a row: see `core.generation`; tokens [N] int32."""
+        contexts, mask_bias = fixed
+        x = self.decoder_embeddings(self.embed(tokens[:, None]), caches[0].length)
+        x, caches = self.decoder.decode(x, caches, contexts=contexts, context_bias=mask_bias)
+        return self.head(x[:, 0]), caches
+
+    def _start_tokens(self, batch: int) -> jax.Array:
+        return jnp.full((batch, 1), self.config.start_id, jnp.int32)
+
+    def _check_length(self, what: str, length: int) -> None:
+        most = self.config.max_positions
+        if length > most:
+            raise ValueError(
+                f"{what} of {length} tokens, but the position table has {most} positions; shorten "
+                "it, or grow the table with core.embeddings.grow_position_table."
+            )
+
+
+def _mask_bias(mask: jax.Array) -> jax.Array:
+    return attention.key_mask_bias(mask, MASKED)[:, None, None, :]
+
+
+def shift_right(labels: jax.Array, start_id: int = 2, pad_id: int = 1) -> jax.Array:
+    """Returns decoder inputs [B, T] of labels [B, T]: start token in front, -100 as padding.
+
+    mBART wants the language token there that ends the labels: give decoder inputs of your own.
+    """
+    shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    return jnp.where(shifted == -100, pad_id, shifted)
