@@ -1,10 +1,14 @@
 """Weights in and out: files read without running code, and tables of foreign parameter names.
 
-    tensors = weights.read("model.safetensors")
-    params = weights.import_weights(template, tensors, weights.rules_for(tensors, template))
+    loaded = weights.load("flan-t5-base")  # family, settings of the trunk, parameters
+
+    file = weights.read("flan-t5-base")
+    rules = weights.detect(file).rules(file)
+    params = weights.import_weights(template, file, rules)  # into a model of one's own
     weights.save_safetensors("out.safetensors", weights.export_weights(params, rules))
 
-`python -m jaxmodels.weights inspect FILE` lists what a file holds.
+`python -m jaxmodels.weights inspect FILE` shows what a file holds, `convert` makes a checkpoint of
+it for `--config.init_from`.
 """
 
 from jaxmodels.weights.bert import (
@@ -21,6 +25,7 @@ from jaxmodels.weights.exporting import export_weights
 from jaxmodels.weights.families import Family, detect, family_named, known_families
 from jaxmodels.weights.files import read
 from jaxmodels.weights.importing import import_tree, import_weights, leaf_sources, tree_of
+from jaxmodels.weights.loading import Loaded, load
 from jaxmodels.weights.rules import Ignore, Rule, Rules
 from jaxmodels.weights.safetensors_file import read_safetensors, save_safetensors
 from jaxmodels.weights.sharded import load_sharded
@@ -29,23 +34,21 @@ from jaxmodels.weights.torch_zip import read_torch
 from jaxmodels.weights.transforms import IDENTITY, TRANSPOSE, Part, Transform
 
 __all__ = [
-    "load_sharded",
-    "open_converted",
-    "is_converted",
-    "convert",
-    "Converted",
     "IDENTITY",
     "TRANSPOSE",
+    "Converted",
     "Entry",
     "Family",
     "Ignore",
     "Layout",
+    "Loaded",
     "Part",
     "Rule",
     "Rules",
     "TensorFile",
     "Transform",
     "WeightsError",
+    "convert",
     "detect",
     "detect_family",
     "export_weights",
@@ -55,8 +58,12 @@ __all__ = [
     "hf_roberta_rules",
     "import_tree",
     "import_weights",
+    "is_converted",
     "known_families",
     "leaf_sources",
+    "load",
+    "load_sharded",
+    "open_converted",
     "read",
     "read_safetensors",
     "read_torch",
