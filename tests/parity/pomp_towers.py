@@ -164,7 +164,9 @@ def _check_inferred(config: clip.ClipConfig, inferred: Mapping[str, Any]) -> Non
 
 
 def _whole(settings: Mapping[str, Any], params: Any, case: Case) -> Computed:
-    config = clip.ClipConfig.from_settings(settings)
+    config = clip.ClipConfig.from_settings(
+        {tower: stated(settings[tower], case.meta.get(tower, {})) for tower in settings}
+    )
     _check_inferred(config, case.meta.get("inferred", {}))
     model, at = clip.Clip(config), {"params": params}
 

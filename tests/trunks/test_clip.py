@@ -218,13 +218,17 @@ def test_published_sizes_have_their_parameter_counts_and_logical_axes(name: str)
 def test_a_start_has_clips_own_spreads() -> None:
     sizes = dataclasses.replace(TEXT, d_model=64, num_layers=3, vocab_size=500)
     inits = sizes.make_layer().inits
-    kernel = {name: float(init(jax.random.key(0), (200, 300)).std()) for name, init in inits.items()}
+    kernel = {
+        name: float(init(jax.random.key(0), (200, 300)).std()) for name, init in inits.items()
+    }
     inner, outer, wide = 64**-0.5, 64**-0.5 * 6**-0.5, 128**-0.5
     expected = {"query": inner, "key": inner, "value": inner, "out": outer, "wo": outer, "wi": wide}
     for name, std in expected.items():
         assert kernel[name] == pytest.approx(std, rel=0.02), name
     made = clip.TextEmbeddings(sizes).init(jax.random.key(0), jnp.zeros((1, 2, 64)))
-    assert float(made["params"]["position"]["embedding"].value.std()) == pytest.approx(0.01, rel=0.1)
+    assert float(made["params"]["position"]["embedding"].value.std()) == pytest.approx(
+        0.01, rel=0.1
+    )
     scale = clip.Clip(CONFIG).init(jax.random.key(0), jnp.ones((1, 6)), jnp.ones((1, 6)),
                                    method="logits")  # fmt: skip
     assert float(jnp.exp(scale["params"]["logit_scale"].value)) == pytest.approx(1 / 0.07)
