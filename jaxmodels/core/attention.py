@@ -17,6 +17,7 @@ from jaxmodels.core.hooks import Hooks
 from jaxmodels.core.kv_cache import KVCache, cached_attention
 from jaxmodels.core.rotary import Rotary
 
+HIDDEN = -1e9  # as good as minus infinity, and finite
 MASK_BIAS = -1000.0  # finite, so that a row with every key masked stays free of NaN
 IMPLEMENTATIONS = (None, "xla", "chunked", "cudnn")
 # Chunked attention: (queries from which it is chosen, queries a step). On a CPU small steps keep
@@ -30,11 +31,16 @@ def key_mask_bias(mask: jax.Array, value: float = MASK_BIAS) -> jax.Array:
     return value * (1.0 - mask.astype(jnp.float32))
 
 
+def hidden_keys_bias(mask: jax.Array) -> jax.Array:
+    """Returns [B, 1, 1, K] float32: 0 where `mask` [B, K] is 1, as good as -inf elsewhere."""
+    return key_mask_bias(mask, HIDDEN)[:, None, None, :]
+
+
 def causal_bias(num_queries: int, num_keys: int, offset: jax.Array | int = 0) -> jax.Array:
     """Returns [1, 1, Q, K] float32: 0 where key <= query + offset, a large negative elsewhere."""
     query = jnp.arange(num_queries)[:, None] + offset
     allowed = jnp.arange(num_keys)[None, :] <= query
-    return jnp.where(allowed, 0.0, -1e9).astype(jnp.float32)[None, None]
+    return jnp.where(allowed, 0.0, HIDDEN).astype(jnp.float32)[None, None]
 
 
 def attention_weights(

@@ -26,8 +26,8 @@ class Started:
       logits: [B, vocab] float32, for the first new token.
       cache: what grows: leaves of rank 0 count for all rows, others have the rows on axis 0, so
         that beams can be put in another order.
-      fixed: what stays: the keys and values of the encoder output, masks. Its rows are the B
-        examples, whatever the number of beams.
+      fixed: what stays: the keys and values of the encoder output, masks (of the B examples,
+        whatever the number of beams), each layer's weights by themselves.
     """
 
     prompt: jax.Array

@@ -105,18 +105,20 @@ class Stack(nn.Module):
         positions: jax.Array | None = None,
         contexts: tuple[KVCache, ...] | None = None,
         context_bias: jax.Array | None = None,
+        layer_params: tuple[Any, ...] | None = None,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Runs all layers on the next tokens: [N, T, d_model] -> the same shape, and the caches.
 
         The layers are unrolled: a scan would copy every layer's weights and keys out of their
         stacks at every token, which costs more than the products themselves.
 
-        Args: as `blocks.TransformerLayer.decode`, one cache and one context a layer.
+        Args: as `blocks.TransformerLayer.decode`, one cache and one context a layer; and
+          layer_params: from `unstacked`, made once before the loop over tokens.
         """
         grown = []
         for i, (layer, params) in enumerate(self._each()):
             x, cache = layer.apply(
-                {"params": params},
+                {"params": params if layer_params is None else layer_params[i]},
                 *(x, caches[i], bias),
                 positions=positions,
                 context=None if contexts is None else contexts[i],
@@ -147,6 +149,18 @@ class Stack(nn.Module):
             )
             caches.append(cache)
         return self._end(x, True), tuple(caches)
+
+    def unstacked(self) -> tuple[Any, ...]:
+        """Returns the parameters of each layer by itself, kernels in the type of the products.
+
+        Held beside the stack while tokens are generated, so that no step copies a layer out of it.
+        """
+        dtype = self.layer.dtype
+
+        def cast(path: Any, leaf: jax.Array) -> jax.Array:
+            return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+        return tuple(jax.tree_util.tree_map_with_path(cast, params) for _, params in self._each())
 
     def context_caches(self, context: jax.Array) -> tuple[KVCache, ...]:
         """Returns each layer's keys and values of a context [B, K, d_model]."""

@@ -10,9 +10,11 @@ from flax import linen as nn
 from jaxmodels.core import attention, blocks, hooks, layers, stack
 from jaxmodels.core.generation import Started
 from jaxmodels.core.kv_cache import KVCache
+from jaxmodels.trunks import encoder_decoder
+from jaxmodels.trunks.encoder_decoder import EncoderDecoder
+from jaxmodels.trunks.lm_head import logits
 
 POSITION_OFFSET = 2  # rows at the top of the position tables that are no positions
-MASKED = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,7 @@ class BartEmbeddings(nn.Module):
         return self.dropout(x, deterministic=deterministic)
 
 
-class BartModel(nn.Module):
+class BartModel(EncoderDecoder):
     """Encoder, decoder and head, which is the word table.
 
     Parameters: `shared` (word table), `encoder_embeddings` and `decoder_embeddings` (`position`,
@@ -202,12 +204,10 @@ class BartModel(nn.Module):
         Raises:
           ValueError: ids and embeddings are both given, or neither; L is above max_positions.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("encode takes either input_ids or inputs_embeds: give one of them.")
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.words(input_ids, inputs_embeds)
         self._check_length("input", x.shape[1])
         x = self.encoder_embeddings(x, deterministic=deterministic)
-        bias = None if attention_mask is None else _mask_bias(attention_mask)
+        bias = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
         return self.encoder(x, bias, deterministic)
 
     def decode(
@@ -239,82 +239,33 @@ class BartModel(nn.Module):
         x = self.decoder_embeddings(self.embed(decoder_input_ids), deterministic=deterministic)
         bias = attention.causal_bias(length, length)
         if decoder_attention_mask is not None:
-            bias = bias + _mask_bias(decoder_attention_mask)
-        mask = None if attention_mask is None else _mask_bias(attention_mask)
+            bias = bias + attention.hidden_keys_bias(decoder_attention_mask)
+        mask = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
         return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
 
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., vocab_size] float32 of decoder outputs [..., d_model]."""
-        dtype = self.config.dtype
-        logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden.astype(dtype),
-            self.shared.embedding.astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return logits + self.final_logits_bias if self.config.logits_bias else logits
+    def head_kernel(self) -> jax.Array:
+        """Returns the word table as the head's kernel [d_model, vocab_size]."""
+        return self.shared.embedding.T
 
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        decoder_input_ids: jax.Array | None = None,
-        decoder_attention_mask: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Returns logits [B, T, vocab_size] float32; `decoder_input_ids` default to a start token.
+    def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns the logits [..., vocab_size] float32 that `kernel` makes of decoder outputs."""
+        found = logits(hidden, kernel, self.config.dtype)
+        return found + self.final_logits_bias if self.config.logits_bias else found
 
-        Args: as `encode` and `decode`.
-        """
-        if decoder_input_ids is None:
-            decoder_input_ids = self._start_tokens(input_ids.shape[0])
-        encoded = self.encode(input_ids, attention_mask, deterministic=deterministic)
-        hidden = self.decode(
-            decoder_input_ids, encoded, attention_mask, decoder_attention_mask, deterministic
-        )
-        return self.head(hidden)
-
-    def start(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        *,
-        max_new_tokens: int,
-        inputs_embeds: jax.Array | None = None,
-    ) -> Started:
-        """Encodes, and decodes the start token: see `core.generation`."""
-        encoded = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
-        return self.start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
+    def place(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, None]:
+        """Returns the residual stream [N, 1, d_model] of the next place; no position bias."""
+        return self.decoder_embeddings(x, cache.length), None
 
     def start_from(
         self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
     ) -> Started:
-        """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
-        # The last new token is chosen and never read: max_new_tokens places hold all before it.
+        """See `EncoderDecoder.start_from`.
+
+        Raises:
+          ValueError: max_new_tokens is above max_positions.
+        """
         self._check_length("output", max_new_tokens)
-        batch, length = encoded.shape[:2]
-        if attention_mask is None:
-            attention_mask = jnp.ones((batch, length), jnp.int32)
-        fixed = (self.decoder.context_caches(encoded), _mask_bias(attention_mask))
-        caches = self.decoder.empty_caches(batch, max_new_tokens)
-        prompt = self._start_tokens(batch)
-        logits, caches = self.step(prompt[:, 0], caches, fixed)
-        return Started(prompt, None, logits, caches, fixed)
-
-    def step(
-        self,
-        tokens: jax.Array,
-        caches: tuple[KVCache, ...],
-        fixed: tuple[tuple[KVCache, ...], jax.Array],
-    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """Decodes one token a row: see `core.generation`; tokens [N] int32."""
-        contexts, mask_bias = fixed
-        x = self.decoder_embeddings(self.embed(tokens[:, None]), caches[0].length)
-        x, caches = self.decoder.decode(x, caches, contexts=contexts, context_bias=mask_bias)
-        return self.head(x[:, 0]), caches
-
-    def _start_tokens(self, batch: int) -> jax.Array:
-        return jnp.full((batch, 1), self.config.start_id, jnp.int32)
+        return super().start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
 
     def _check_length(self, what: str, length: int) -> None:
         most = self.config.max_positions
@@ -325,14 +276,9 @@ class BartModel(nn.Module):
             )
 
 
-def _mask_bias(mask: jax.Array) -> jax.Array:
-    return attention.key_mask_bias(mask, MASKED)[:, None, None, :]
-
-
 def shift_right(labels: jax.Array, start_id: int = 2, pad_id: int = 1) -> jax.Array:
     """Returns decoder inputs [B, T] of labels [B, T]: start token in front, -100 as padding.
 
     mBART wants the language token there that ends the labels: give decoder inputs of your own.
     """
-    shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
-    return jnp.where(shifted == -100, pad_id, shifted)
+    return encoder_decoder.shift_right(labels, start_id, pad_id)

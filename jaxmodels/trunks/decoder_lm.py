@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from jaxmodels.core import attention, layers
 from jaxmodels.core.generation import Started
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.trunks.decoder_config import SIZES, DecoderConfig
+from jaxmodels.trunks.lm_head import LMHead, logits
 
 __all__ = ["SIZES", "DecoderConfig", "DecoderLM", "LMHead", "token_log_probs"]
-
-MASKED = -1e9
 
 
 class DecoderEmbeddings(nn.Module):
@@ -36,15 +36,21 @@ class DecoderEmbeddings(nn.Module):
             self.position = layers.Embedding(self.position_rows, self.d_model, (None, "embed"))
 
 
-class LMHead(nn.Module):
-    """The head's kernel [d_model, vocab_size], where it is not the word table."""
+@struct.dataclass
+class Fixed:
+    """What stays while tokens are generated.
 
-    d_model: int
-    vocab_size: int
+    Attributes:
+      mask: [B, places], 1 on real tokens of the prompt and on all new ones.
+      shift: [B], what is added to a place to give its position.
+      layer_params: the layers by themselves, see `core.stack.Stack.unstacked`.
+      head_kernel: [d_model, vocab], in the type of the products; a tied table is turned round once.
+    """
 
-    def setup(self) -> None:
-        init = layers.partitioned(nn.initializers.normal(0.02), ("embed", "vocab"))
-        self.kernel = self.param("kernel", init, (self.d_model, self.vocab_size), jnp.float32)
+    mask: jax.Array
+    shift: jax.Array
+    layer_params: tuple[Any, ...]
+    head_kernel: jax.Array
 
 
 class DecoderLM(nn.Module):
@@ -104,7 +110,7 @@ class DecoderLM(nn.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Returns logits [..., vocab_size] float32 of decoder outputs [..., d_model]."""
-        return _logits(hidden, self.head_kernel(), self.config.dtype)
+        return logits(hidden, self.head_kernel(), self.config.dtype)
 
     def head_kernel(self) -> jax.Array:
         """Returns the head's kernel [d_model, vocab_size], tied or not."""
@@ -195,24 +201,28 @@ class DecoderLM(nn.Module):
         bias = _bias(length, attention_mask)
         x, caches = self.decoder.prefill(x, places, bias, positions=positions)
         kept = jnp.pad(mask, ((0, 0), (0, max_new_tokens - 1)), constant_values=1)
-        fixed = (kept, positions[:, -1] + 1 - length)
+        fixed = Fixed(
+            kept,
+            positions[:, -1] + 1 - length,
+            self.decoder.unstacked(),
+            self.head_kernel().astype(self.config.dtype),
+        )
         prompt_mask = None if attention_mask is None else mask[:, length - input_ids.shape[1] :]
         return Started(input_ids, prompt_mask, self.head(x[:, -1]), caches, fixed)
 
     def step(
-        self,
-        tokens: jax.Array,
-        caches: tuple[KVCache, ...],
-        fixed: tuple[jax.Array, jax.Array],
+        self, tokens: jax.Array, caches: tuple[KVCache, ...], fixed: Fixed
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Runs one token a row: see `core.generation`; tokens [N] int32."""
-        beams = tokens.shape[0] // fixed[0].shape[0]
-        mask, shift = (jnp.repeat(x, beams, axis=0) for x in fixed)
+        beams = tokens.shape[0] // fixed.mask.shape[0]
+        mask, shift = (jnp.repeat(x, beams, axis=0) for x in (fixed.mask, fixed.shift))
         positions = (caches[0].length + shift)[:, None]
         x = self._place(self.embed(tokens[:, None]), positions)
-        bias = attention.key_mask_bias(mask, MASKED)[:, None, None, :]
-        x, caches = self.decoder.decode(x, caches, bias, positions=positions)
-        return self.head(x[:, 0]), caches
+        bias = attention.hidden_keys_bias(mask)
+        x, caches = self.decoder.decode(
+            x, caches, bias, positions=positions, layer_params=fixed.layer_params
+        )
+        return logits(x[:, 0], fixed.head_kernel, self.config.dtype), caches
 
     def _inputs(
         self,
@@ -253,13 +263,7 @@ def _bias(length: int, mask: jax.Array | None) -> jax.Array:
     causal = attention.causal_bias(length, length)
     if mask is None:
         return causal
-    return causal + attention.key_mask_bias(mask, MASKED)[:, None, None, :]
-
-
-def _logits(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.matmul(
-        hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
-    )
+    return causal + attention.hidden_keys_bias(mask)
 
 
 def token_log_probs(
@@ -294,12 +298,12 @@ def token_log_probs(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = _logits(hidden, kernel, dtype)
+        scores = logits(hidden, kernel, dtype)
         known = targets >= 0
         index = jnp.where(known, targets, 0)
-        picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-        log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
-        return jnp.where(known, log_probs, 0.0), known & (logits.argmax(-1) == targets)
+        picked = jnp.take_along_axis(scores, index[..., None], axis=-1)[..., 0]
+        log_probs = picked - jax.nn.logsumexp(scores, axis=-1)
+        return jnp.where(known, log_probs, 0.0), known & (scores.argmax(-1) == targets)
 
     chunks = (
         jnp.moveaxis(hidden.reshape(batch, -1, size, hidden.shape[-1]), 1, 0),

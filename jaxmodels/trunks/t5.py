@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.core import attention, blocks, hooks, layers, stack
-from jaxmodels.core.generation import Started
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.core.relative_bias import RelativeBias
-
-MASKED = -1e9
+from jaxmodels.trunks import encoder_decoder
+from jaxmodels.trunks.encoder_decoder import EncoderDecoder
+from jaxmodels.trunks.lm_head import LMHead, logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class T5Stack(stack.Stack):
         return self.relative_bias.at(query, key)
 
 
-class T5(nn.Module):
+class T5(EncoderDecoder):
     """Encoder, decoder and head.
 
     Parameters: `shared` (word table), `encoder` and `decoder` (`layers`, `relative_bias`,
@@ -181,9 +181,7 @@ class T5(nn.Module):
         self.encoder = self._stack(decoder=False)
         self.decoder = self._stack(decoder=True)
         if not config.tied_head:
-            self.lm_head = layers.Dense(
-                config.vocab_size, ("embed", "vocab"), False, config.dtype, normal(1.0)
-            )
+            self.lm_head = LMHead(config.d_model, config.vocab_size, normal(1.0))
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def _stack(self, decoder: bool) -> T5Stack:
@@ -232,12 +230,10 @@ class T5(nn.Module):
         Raises:
           ValueError: ids and embeddings are both given, or neither.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("encode takes either input_ids or inputs_embeds: give one of them.")
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.words(input_ids, inputs_embeds)
         bias = self.encoder.position_bias(x.shape[1], x.shape[1])
         if attention_mask is not None:
-            bias = bias + _mask_bias(attention_mask)
+            bias = bias + attention.hidden_keys_bias(attention_mask)
         x = self.dropout(x, deterministic=deterministic)
         return self.encoder(x, bias, deterministic)
 
@@ -246,6 +242,7 @@ class T5(nn.Module):
         decoder_input_ids: jax.Array,
         encoded: jax.Array,
         attention_mask: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Runs the decoder on whole sequences (training).
@@ -254,6 +251,8 @@ class T5(nn.Module):
           decoder_input_ids: [B, T] int, see `shift_right`.
           encoded: [B, L, d_model], what it cross-attends to.
           attention_mask: [B, L], 1 on real rows of `encoded`; default all ones.
+          decoder_attention_mask: [B, T], 1 on tokens that may be attended to; default all ones
+            (padding behind a sequence is behind what the causal mask lets it see).
           deterministic: no dropout.
 
         Returns:
@@ -263,82 +262,28 @@ class T5(nn.Module):
         length = x.shape[1]
         causal = attention.causal_bias(length, length)
         bias = self.decoder.position_bias(length, length) + causal
-        mask = None if attention_mask is None else _mask_bias(attention_mask)
+        if decoder_attention_mask is not None:
+            bias = bias + attention.hidden_keys_bias(decoder_attention_mask)
+        mask = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
         return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
 
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., vocab_size] float32 of decoder outputs [..., d_model]."""
-        if not self.config.tied_head:
-            return self.lm_head(hidden).astype(jnp.float32)
-        table = self.shared.embedding.astype(self.config.dtype)
-        scale = self.config.d_model**-0.5 if self.config.scaled_output else 1.0
-        hidden = (hidden * scale).astype(self.config.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    def head_kernel(self) -> jax.Array:
+        """Returns the head's kernel [d_model, vocab_size], tied or not."""
+        return self.shared.embedding.T if self.config.tied_head else self.lm_head.kernel
 
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        decoder_input_ids: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Returns logits [B, T, vocab_size] float32; `decoder_input_ids` default to a start token.
+    def project(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns the logits [..., vocab_size] float32 that `kernel` makes of decoder outputs."""
+        config = self.config
+        if config.tied_head and config.scaled_output:
+            hidden = hidden * config.d_model**-0.5
+        return logits(hidden, kernel, config.dtype)
 
-        Args: as `encode` and `decode`.
-        """
-        if decoder_input_ids is None:
-            decoder_input_ids = jnp.full((input_ids.shape[0], 1), self.config.start_id, jnp.int32)
-        encoded = self.encode(input_ids, attention_mask, deterministic=deterministic)
-        hidden = self.decode(decoder_input_ids, encoded, attention_mask, deterministic)
-        return self.head(hidden)
-
-    def start(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        *,
-        max_new_tokens: int,
-        inputs_embeds: jax.Array | None = None,
-    ) -> Started:
-        """Encodes, and decodes the start token: see `core.generation`."""
-        encoded = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
-        return self.start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
-
-    def start_from(
-        self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
-    ) -> Started:
-        """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
-        batch, length = encoded.shape[:2]
-        if attention_mask is None:
-            attention_mask = jnp.ones((batch, length), jnp.int32)
-        fixed = (self.decoder.context_caches(encoded), _mask_bias(attention_mask))
-        # The last new token is chosen and never read: max_new_tokens places hold all before it.
-        caches = self.decoder.empty_caches(batch, max_new_tokens)
-        prompt = jnp.full((batch, 1), self.config.start_id, jnp.int32)
-        logits, caches = self.step(prompt[:, 0], caches, fixed)
-        return Started(prompt, None, logits, caches, fixed)
-
-    def step(
-        self,
-        tokens: jax.Array,
-        caches: tuple[KVCache, ...],
-        fixed: tuple[tuple[KVCache, ...], jax.Array],
-    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """Decodes one token a row: see `core.generation`; tokens [N] int32."""
-        contexts, mask_bias = fixed
-        at, places = caches[0].length, jnp.arange(caches[0].max_length)
-        bias = self.decoder.position_bias_at(at[None, None], places[None])
-        x, caches = self.decoder.decode(
-            self.embed(tokens[:, None]), caches, bias, contexts=contexts, context_bias=mask_bias
-        )
-        return self.head(x[:, 0]), caches
-
-
-def _mask_bias(mask: jax.Array) -> jax.Array:
-    return attention.key_mask_bias(mask, MASKED)[:, None, None, :]
+    def place(self, x: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array]:
+        """Returns the word embeddings [N, 1, d_model] of the next place, and its position bias."""
+        places = jnp.arange(cache.max_length)[None]
+        return x, self.decoder.position_bias_at(cache.length[None, None], places)
 
 
 def shift_right(labels: jax.Array, start_id: int = 0, pad_id: int = 0) -> jax.Array:
     """Returns decoder inputs [B, T] of labels [B, T]: start token in front, -100 as padding."""
-    shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
-    return jnp.where(shifted == -100, pad_id, shifted)
+    return encoder_decoder.shift_right(labels, start_id, pad_id)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import trunk_config, trunk_task
-from jaxmodels.core import partitioning
 from jaxmodels.core import params as params_lib
+from jaxmodels.core import partitioning
 from jaxmodels.trunks import clip, t5
 
 

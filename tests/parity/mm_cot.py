@@ -83,7 +83,7 @@ def first_attentions(
     model: t5.T5, params: Any, sown: Any, encoded: jax.Array, mask: np.ndarray
 ) -> Computed:
     """Position biases, and the attention weights of layer 0."""
-    masked = attention.key_mask_bias(jnp.asarray(mask), t5.MASKED)[:, None, None, :]
+    masked = attention.hidden_keys_bias(jnp.asarray(mask))
     found: Computed = {}
     for side in ("encoder", "decoder"):
         x = sown[side]["hidden"][0]
@@ -137,7 +137,7 @@ def cached(model: t5.T5, params: Any, given: dict[str, np.ndarray], tokens: jax.
     for t in range(1, length):
         one, cache = step(variables, tokens[:, t], cache, started.fixed)
         logits.append(one)
-    context = started.fixed[0][0]
+    context = started.fixed.contexts[0]
     return {
         "outputs/cached.step_logits": jnp.stack(logits, 1),
         "outputs/cached.layer0.self_key": cache[0].key,

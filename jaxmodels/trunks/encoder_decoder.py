@@ -1,0 +1,126 @@
+"""What the encoder-decoder trunks (T5, BART) share: their call, and generation over caches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from jaxmodels.core import attention
+from jaxmodels.core.generation import Started
+from jaxmodels.core.kv_cache import KVCache
+
+
+@struct.dataclass
+class Fixed:
+    """What stays while tokens are generated.
+
+    Attributes:
+      contexts: a layer's keys and values of the encoder output, of the B examples.
+      mask_bias: [B, 1, 1, L], 0 on real rows of the encoder output.
+      layer_params: the decoder's layers by themselves, see `core.stack.Stack.unstacked`.
+      head_kernel: [d_model, vocab], in the type of the products. A tied table is turned round
+        once: read by rows at every step it costs several times as much.
+    """
+
+    contexts: tuple[KVCache, ...]
+    mask_bias: jax.Array
+    layer_params: tuple[Any, ...]
+    head_kernel: jax.Array
+
+
+class EncoderDecoder(nn.Module):
+    """Base of models with `encoder` and `decoder` stacks and a `config` with `start_id`, `dtype`.
+
+    A trunk defines `embed`, `encode`, `decode`, `head_kernel`, `project` and `place`.
+    """
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Returns logits [..., vocab_size] float32 of decoder outputs [..., d_model]."""
+        return self.project(hidden, self.head_kernel())
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Returns logits [B, T, vocab_size] float32; `decoder_input_ids` default to a start token.
+
+        Args: as `encode` and `decode`.
+        """
+        if decoder_input_ids is None:
+            decoder_input_ids = self.start_tokens(input_ids.shape[0])
+        encoded = self.encode(input_ids, attention_mask, deterministic=deterministic)
+        hidden = self.decode(
+            decoder_input_ids, encoded, attention_mask, decoder_attention_mask, deterministic
+        )
+        return self.head(hidden)
+
+    def words(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+        """Returns the word embeddings that `encode` starts from.
+
+        Raises:
+          ValueError: ids and embeddings are both given, or neither.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("encode takes either input_ids or inputs_embeds: give one of them.")
+        return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def start_tokens(self, batch: int) -> jax.Array:
+        """Returns the first decoder input, [batch, 1] int32."""
+        return jnp.full((batch, 1), self.config.start_id, jnp.int32)
+
+    def start(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        max_new_tokens: int,
+        inputs_embeds: jax.Array | None = None,
+    ) -> Started:
+        """Encodes, and decodes the start token: see `core.generation`."""
+        encoded = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
+        return self.start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
+
+    def start_from(
+        self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
+    ) -> Started:
+        """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
+        batch, length = encoded.shape[:2]
+        if attention_mask is None:
+            attention_mask = jnp.ones((batch, length), jnp.int32)
+        fixed = Fixed(
+            self.decoder.context_caches(encoded),
+            attention.hidden_keys_bias(attention_mask),
+            self.decoder.unstacked(),
+            self.head_kernel().astype(self.config.dtype),
+        )
+        # The last new token is chosen and never read: max_new_tokens places hold all before it.
+        caches = self.decoder.empty_caches(batch, max_new_tokens)
+        prompt = self.start_tokens(batch)
+        logits, caches = self.step(prompt[:, 0], caches, fixed)
+        return Started(prompt, None, logits, caches, fixed)
+
+    def step(
+        self, tokens: jax.Array, caches: tuple[KVCache, ...], fixed: Fixed
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Decodes one token a row: see `core.generation`; tokens [N] int32."""
+        x, bias = self.place(self.embed(tokens[:, None]), caches[0])
+        x, caches = self.decoder.decode(
+            x,
+            *(caches, bias),
+            contexts=fixed.contexts,
+            context_bias=fixed.mask_bias,
+            layer_params=fixed.layer_params,
+        )
+        return self.project(x[:, 0], fixed.head_kernel), caches
+
+
+def shift_right(labels: jax.Array, start_id: int, pad_id: int) -> jax.Array:
+    """Returns decoder inputs [B, T] of labels [B, T]: start token in front, -100 as padding."""
+    shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    return jnp.where(shifted == -100, pad_id, shifted)
