@@ -93,9 +93,9 @@ def ours(
     settings = decoding.GenerationSettings(max_new_tokens=work.new, pad_token_id=0, num_beams=beams)
     generator = decoding.Generator(t5.T5(config), settings)
     began = time.perf_counter()
-    program = generator.lower(params, *given).compile()
+    generator.lower(params, *given).compile()
     seconds = time.perf_counter() - began
-    return lambda: program(params, *given, None, {}).sequences, seconds
+    return lambda: generator(params, *given).sequences, seconds
 
 
 def theirs(model: Any, given: tuple[Any, Any], work: Work, beams: int) -> Callable[[], Any]:

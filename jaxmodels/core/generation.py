@@ -1,19 +1,37 @@
 """What a model that generates offers to `jaxmodels.decoding`, which knows no model.
 
-A generating module has two methods:
+A generating module has three methods:
 
-    start(input_ids, attention_mask, max_new_tokens=..., **inputs) -> Started
+    prepare() -> Prepared
+    start(input_ids, attention_mask, max_new_tokens=..., prepared=..., **inputs) -> Started
     step(tokens, cache, fixed) -> (logits, cache)
 
-`start` runs what comes before the first new token: the encoder and the decoder's start token, or
-the whole prompt of a decoder-only model. `step` runs one token a row: tokens [N] int32, logits
-[N, vocab] float32. N is the batch, or batch x beams with the beams of an example side by side.
+`prepare` lays out the parameters as steps read them, once for the same parameters; `start` does so
+itself where it is not given any. `start` runs what comes before the first new token: the encoder
+and the decoder's start token, or the whole prompt of a decoder-only model. `step` runs one token a
+row: tokens [N] int32, logits [N, vocab] float32. N is the batch, or batch x beams with the beams of
+an example side by side.
 """
 
 from typing import Any
 
 import jax
 from flax import struct
+
+
+@struct.dataclass
+class Prepared:
+    """The parameters as steps read them; held beside the others while tokens are generated.
+
+    Attributes:
+      layer_params: the decoder's layers by themselves, see `core.stack.Stack.unstacked`: no step
+        copies a layer out of the stack.
+      head_kernel: [d_model, vocab], in the type of the products. A tied table is turned round
+        once: read by rows at every step it costs several times as much.
+    """
+
+    layer_params: tuple[Any, ...]
+    head_kernel: jax.Array
 
 
 @struct.dataclass
@@ -27,7 +45,7 @@ class Started:
       cache: what grows: leaves of rank 0 count for all rows, others have the rows on axis 0, so
         that beams can be put in another order.
       fixed: what stays: the keys and values of the encoder output, masks (of the B examples,
-        whatever the number of beams), each layer's weights by themselves.
+        whatever the number of beams), what `prepare` made.
     """
 
     prompt: jax.Array

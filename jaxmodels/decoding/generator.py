@@ -17,6 +17,9 @@ class Generator:
         generator = decoding.Generator(t5.T5(config), settings)
         found = generator(params, input_ids, attention_mask)
 
+    The parameters as steps read them are made once and kept while calls give the same `params`:
+    the decoder's weights are then held twice.
+
     Attributes:
       model: a module with the methods of `core.generation`.
       settings: how to choose.
@@ -25,8 +28,11 @@ class Generator:
     def __init__(self, model: nn.Module, settings: GenerationSettings):
         """Takes the unbound model and the settings; compiles nothing yet."""
         self.model, self.settings = model, settings
-        run = functools.partial(_generate, model, settings)
-        self._compiled = jax.jit(run, compiler_options=_compiler_options(jax.default_backend()))
+        options = _compiler_options(jax.default_backend())
+        self._run = functools.partial(_generate, model, settings)
+        self._compiled = jax.jit(self._run, compiler_options=options)
+        self._prepare = jax.jit(lambda params: model.apply({"params": params}, method="prepare"))
+        self._kept: tuple[Any, Any] = (None, None)  # parameters, and what was made of them
 
     def __call__(
         self,
@@ -50,12 +56,36 @@ class Generator:
         Raises:
           ValueError: inputs that do not fit together, or sampling without `rng`.
         """
-        return self._compiled(params, input_ids, attention_mask, rng, inputs)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+            # Part of somebody's program, who compiles it as they please.
+            return self._run(params, None, input_ids, attention_mask, rng, inputs)
+        prepared = self._prepared(params)
+        return self._compiled(params, prepared, input_ids, attention_mask, rng, inputs)
 
-    def lower(self, params: Any, *inputs: Any) -> Any:
-        """Returns the lowered program for arrays or shape structs, to compile ahead of time."""
-        filled = (*inputs, *[None] * (3 - len(inputs)))
-        return self._compiled.lower(params, *filled, {})
+    def lower(
+        self,
+        params: Any,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        rng: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """Returns the lowered program for arrays or shape structs, to look at or compile ahead.
+
+        It takes (params, what `prepare` makes, input_ids, attention_mask, rng, inputs).
+        """
+        prepared = jax.eval_shape(self._prepare, params)
+        return self._compiled.lower(params, prepared, input_ids, attention_mask, rng, inputs)
+
+    def _prepared(self, params: Any) -> Any:
+        leaves = jax.tree.leaves(params)
+        kept, prepared = self._kept
+        same = kept is not None and len(kept) == len(leaves)
+        if not same or any(a is not b for a, b in zip(kept, leaves, strict=True)):
+            prepared = self._prepare(params)
+            self._kept = (leaves, prepared)
+        return prepared
 
 
 @functools.cache
@@ -79,6 +109,7 @@ def _generate(
     model: nn.Module,
     settings: GenerationSettings,
     params: Any,
+    prepared: Any,
     input_ids: jax.Array,
     attention_mask: jax.Array | None,
     rng: jax.Array | None,
@@ -90,6 +121,7 @@ def _generate(
         input_ids,
         attention_mask,
         max_new_tokens=settings.max_new_tokens,
+        prepared=prepared,
         method="start",
         **inputs,
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.core import attention, blocks, hooks, layers, stack
-from jaxmodels.core.generation import Started
+from jaxmodels.core.generation import Prepared, Started
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.trunks import encoder_decoder
 from jaxmodels.trunks.encoder_decoder import EncoderDecoder
@@ -257,7 +257,12 @@ class BartModel(EncoderDecoder):
         return self.decoder_embeddings(x, cache.length), None
 
     def start_from(
-        self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
+        self,
+        encoded: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        max_new_tokens: int,
+        prepared: Prepared | None = None,
     ) -> Started:
         """See `EncoderDecoder.start_from`.
 
@@ -265,7 +270,9 @@ class BartModel(EncoderDecoder):
           ValueError: max_new_tokens is above max_positions.
         """
         self._check_length("output", max_new_tokens)
-        return super().start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
+        return super().start_from(
+            encoded, attention_mask, max_new_tokens=max_new_tokens, prepared=prepared
+        )
 
     def _check_length(self, what: str, length: int) -> None:
         most = self.config.max_positions

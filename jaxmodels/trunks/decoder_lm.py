@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from jaxmodels.core import attention, layers
-from jaxmodels.core.generation import Started
+from jaxmodels.core.generation import Prepared, Started
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.trunks.decoder_config import SIZES, DecoderConfig
 from jaxmodels.trunks.lm_head import LMHead, logits
@@ -43,14 +43,12 @@ class Fixed:
     Attributes:
       mask: [B, places], 1 on real tokens of the prompt and on all new ones.
       shift: [B], what is added to a place to give its position.
-      layer_params: the layers by themselves, see `core.stack.Stack.unstacked`.
-      head_kernel: [d_model, vocab], in the type of the products; a tied table is turned round once.
+      prepared: the parameters as steps read them.
     """
 
     mask: jax.Array
     shift: jax.Array
-    layer_params: tuple[Any, ...]
-    head_kernel: jax.Array
+    prepared: Prepared
 
 
 class DecoderLM(nn.Module):
@@ -163,12 +161,18 @@ class DecoderLM(nn.Module):
         )
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in found)
 
+    def prepare(self) -> Prepared:
+        """Returns the parameters as steps read them: see `core.generation`."""
+        kernel = self.head_kernel().astype(self.config.dtype)
+        return Prepared(self.decoder.unstacked(), kernel)
+
     def start(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         *,
         max_new_tokens: int,
+        prepared: Prepared | None = None,
         inputs_embeds: jax.Array | None = None,
         position_ids: jax.Array | None = None,
     ) -> Started:
@@ -178,6 +182,7 @@ class DecoderLM(nn.Module):
           input_ids: [B, P] int, padded on the left (`decoding.pad_to_bucket`).
           attention_mask: [B, P], 1 on real tokens; [B, P'] of `inputs_embeds`.
           max_new_tokens: tokens to make room for.
+          prepared: from `prepare`, where that is at hand.
           inputs_embeds: [B, P', d_model] to run in place of the ids, P' >= P: soft prompts may
             stand in front.
           position_ids: [B, P'] int; default: how many real tokens come before. New tokens count on
@@ -204,8 +209,7 @@ class DecoderLM(nn.Module):
         fixed = Fixed(
             kept,
             positions[:, -1] + 1 - length,
-            self.decoder.unstacked(),
-            self.head_kernel().astype(self.config.dtype),
+            self.prepare() if prepared is None else prepared,
         )
         prompt_mask = None if attention_mask is None else mask[:, length - input_ids.shape[1] :]
         return Started(input_ids, prompt_mask, self.head(x[:, -1]), caches, fixed)
@@ -220,9 +224,9 @@ class DecoderLM(nn.Module):
         x = self._place(self.embed(tokens[:, None]), positions)
         bias = attention.hidden_keys_bias(mask)
         x, caches = self.decoder.decode(
-            x, caches, bias, positions=positions, layer_params=fixed.layer_params
+            x, caches, bias, positions=positions, layer_params=fixed.prepared.layer_params
         )
-        return logits(x[:, 0], fixed.head_kernel, self.config.dtype), caches
+        return logits(x[:, 0], fixed.prepared.head_kernel, self.config.dtype), caches
 
     def _inputs(
         self,

@@ -1,14 +1,12 @@
 """What the encoder-decoder trunks (T5, BART) share: their call, and generation over caches."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
 from jaxmodels.core import attention
-from jaxmodels.core.generation import Started
+from jaxmodels.core.generation import Prepared, Started
 from jaxmodels.core.kv_cache import KVCache
 
 
@@ -19,15 +17,12 @@ class Fixed:
     Attributes:
       contexts: a layer's keys and values of the encoder output, of the B examples.
       mask_bias: [B, 1, 1, L], 0 on real rows of the encoder output.
-      layer_params: the decoder's layers by themselves, see `core.stack.Stack.unstacked`.
-      head_kernel: [d_model, vocab], in the type of the products. A tied table is turned round
-        once: read by rows at every step it costs several times as much.
+      prepared: the parameters as steps read them.
     """
 
     contexts: tuple[KVCache, ...]
     mask_bias: jax.Array
-    layer_params: tuple[Any, ...]
-    head_kernel: jax.Array
+    prepared: Prepared
 
 
 class EncoderDecoder(nn.Module):
@@ -80,14 +75,27 @@ class EncoderDecoder(nn.Module):
         attention_mask: jax.Array | None = None,
         *,
         max_new_tokens: int,
+        prepared: Prepared | None = None,
         inputs_embeds: jax.Array | None = None,
     ) -> Started:
         """Encodes, and decodes the start token: see `core.generation`."""
         encoded = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds)
-        return self.start_from(encoded, attention_mask, max_new_tokens=max_new_tokens)
+        return self.start_from(
+            encoded, attention_mask, max_new_tokens=max_new_tokens, prepared=prepared
+        )
+
+    def prepare(self) -> Prepared:
+        """Returns the parameters as steps read them: see `core.generation`."""
+        kernel = self.head_kernel().astype(self.config.dtype)
+        return Prepared(self.decoder.unstacked(), kernel)
 
     def start_from(
-        self, encoded: jax.Array, attention_mask: jax.Array | None = None, *, max_new_tokens: int
+        self,
+        encoded: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        max_new_tokens: int,
+        prepared: Prepared | None = None,
     ) -> Started:
         """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
         batch, length = encoded.shape[:2]
@@ -96,8 +104,7 @@ class EncoderDecoder(nn.Module):
         fixed = Fixed(
             self.decoder.context_caches(encoded),
             attention.hidden_keys_bias(attention_mask),
-            self.decoder.unstacked(),
-            self.head_kernel().astype(self.config.dtype),
+            self.prepare() if prepared is None else prepared,
         )
         # The last new token is chosen and never read: max_new_tokens places hold all before it.
         caches = self.decoder.empty_caches(batch, max_new_tokens)
@@ -115,9 +122,9 @@ class EncoderDecoder(nn.Module):
             *(caches, bias),
             contexts=fixed.contexts,
             context_bias=fixed.mask_bias,
-            layer_params=fixed.layer_params,
+            layer_params=fixed.prepared.layer_params,
         )
-        return self.project(x[:, 0], fixed.head_kernel), caches
+        return self.project(x[:, 0], fixed.prepared.head_kernel), caches
 
 
 def shift_right(labels: jax.Array, start_id: int, pad_id: int) -> jax.Array:

@@ -160,8 +160,10 @@ def _totals(arrays: Iterable[Any]) -> str:
 def _say_family(tensors: TensorFile) -> None:
     try:
         family = families.detect(tensors)
-    except WeightsError:
-        print(f"family: not known (known: {', '.join(families.known_families())})")
+    except WeightsError as error:
+        known = ", ".join(families.known_families())
+        refused = "" if "no known family" in str(error) else f": {str(error).splitlines()[0]}"
+        print(f"family: not known{refused} (known: {known})")
         return
     try:
         _say_model(family.name, families.settings_of(family, tensors))

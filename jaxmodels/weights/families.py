@@ -85,10 +85,13 @@ def settings_of(family: Family, file: TensorFile) -> dict[str, Any]:
     """Returns what the file tells of the trunk's config.
 
     Raises:
-      WeightsError: a tensor that tells it is absent or has another number of axes.
+      WeightsError: a tensor or a setting that tells it is absent, or a tensor has another number
+        of axes.
     """
     try:
         return family.settings(file)
+    except WeightsError:  # says already what is missing
+        raise
     except (LookupError, TypeError, ValueError) as error:
         raise WeightsError(f"{file.origin} is no whole {family.name} model: {error!r}.") from error
 

@@ -122,3 +122,15 @@ def test_the_electra_of_the_parity_file_is_recognised_and_round_trips() -> None:
     assert back.keys() == tensors.keys()
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+def test_settings_that_say_themselves_what_is_missing_are_not_wrapped() -> None:
+    def settings(file: weights.TensorFile) -> dict:
+        raise weights.WeightsError("head count: put config.json beside the file.")
+
+    family = weights.Family("some", lambda file: 2, lambda file: [], settings)
+    with pytest.raises(weights.WeightsError, match="^head count: put config.json"):
+        families.settings_of(family, as_tensor_file({}))
+    broken = weights.Family("some", lambda file: 2, lambda file: [], lambda file: file.shape("x"))
+    with pytest.raises(weights.WeightsError, match="is no whole some model: KeyError"):
+        families.settings_of(broken, as_tensor_file({}))
