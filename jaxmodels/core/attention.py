@@ -3,7 +3,6 @@
 Array axes: B batch, Q queries, K keys, H heads, D head width.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from jaxmodels.core import layers
 from jaxmodels.core.hooks import Hooks
@@ -211,7 +211,7 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: float = 0.0
     implementation: str | None = None
     dtype: Any = jnp.float32
-    inits: Mapping[str, layers.Initializer] = dataclasses.field(default_factory=dict)
+    inits: Mapping[str, layers.Initializer] = FrozenDict()
     hooks: Hooks | None = None
     site: str = "attention"
 

@@ -6,7 +6,6 @@ slices of the same stack, and one checkpoint serves every arrangement of kinds; 
 scan is written over parameters rather than as a lifted module.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import meta
+from flax.core import FrozenDict, meta
 
 from jaxmodels.core import attention, layers
 from jaxmodels.core.hooks import Hooks
@@ -81,7 +80,7 @@ class TransformerLayer(nn.Module):
     activation: str = "gelu"
     gated: bool = False
     cross_attention: bool = False
-    inits: Mapping[str, layers.Initializer] = dataclasses.field(default_factory=dict)
+    inits: Mapping[str, layers.Initializer] = FrozenDict()
     hooks: Hooks | None = None
 
     def setup(self) -> None:
