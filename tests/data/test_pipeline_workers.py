@@ -62,9 +62,11 @@ def test_an_error_in_a_worker_names_the_record() -> None:
 @pytest.mark.filterwarnings("ignore:resource_tracker")
 def test_a_killed_worker_is_an_error_in_seconds_and_the_state_is_good() -> None:
     stages = [Stage(Slow(10), None, 4)]
+    before = multiprocessing.active_children()  # those of the last test may still be leaving
     iterator = iter(train_batches(stages, seed=0, options=PipelineOptions(num_workers=1)))
     next(iterator)
-    (worker,) = [p for p in multiprocessing.active_children() if "grain" in p.name]
+    started = [child for child in multiprocessing.active_children() if child not in before]
+    (worker,) = [child for child in started if "grain" in child.name]
     os.kill(worker.pid, signal.SIGKILL)
     start = time.monotonic()
     named = rf"data worker 0 of 1 \(pid {worker.pid}\): was ended by SIGKILL"

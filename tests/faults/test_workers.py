@@ -92,7 +92,7 @@ def test_f25_a_worker_that_dies_or_hangs_ends_the_run_in_one_line_and_a_rerun_is
         "-m", "train.main", "--config=tests/train/toy_config.py:quickstart",
         "--config.method=tests.faults.rows", f"--config.data.dir={folder}",
         "--config.total_steps=8", "--config.batch_size=4", "--config.checkpoint_every=2",
-        "--config.data.num_workers=2", "--config.data.timeout_seconds=4",
+        "--config.data.num_workers=2", "--config.data.timeout_seconds=10",
         f"--workdir={tmp_path / 'run'}",
     )  # fmt: skip
     assert found.returncode == 1, found.stderr
@@ -114,9 +114,7 @@ def test_f25_the_error_names_the_worker_within_seconds_and_closing_does_not_hang
     (folder / f"{kind}-20").touch()
     mesh = partitioning.make_mesh()
     workers = PipelineOptions(num_workers=1)
-    batches = Prefetcher(
-        train_batches(stages, seed=0, options=workers), mesh, timeout_seconds=3 + (kind == "kill")
-    )
+    batches = Prefetcher(train_batches(stages, seed=0, options=workers), mesh, timeout_seconds=10)
     placed = []
     with pytest.raises(RunError) as caught:
         while True:
