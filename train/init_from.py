@@ -1,24 +1,43 @@
 """Published weights as a run's first parameters: what the file has is placed, the rest is fresh."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import hashlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from jaxmodels import weights
+from jaxmodels.core import manifest
 from jaxmodels.core import params as params_lib
+from jaxmodels.weights.converted import RECORD
 from train import storage
 from train.errors import UsageError
 
 Tree = Any
 TRUNK = "trunk"
 _SHOWN = 5  # leaves named in a message
+_COMPARED = 1 << 20  # bytes at either end of a weights file
 
 
-def load(path: epath.PathLike, abstract: Tree) -> tuple[dict[str, jax.Array], str]:
-    """Returns ({path of a parameter: its published values, placed}, a line that says so).
+class Published(NamedTuple):
+    """Published weights in their places.
+
+    Attributes:
+      placed: {path of a parameter: its published values, placed}.
+      line: says so, for the screen.
+      digest: differs where other weights were read: processes compare theirs.
+    """
+
+    placed: dict[str, jax.Array]
+    line: str
+    digest: str
+
+
+def load(path: epath.PathLike, abstract: Tree) -> Published:
+    """Returns the published weights, placed as the model's parameters are.
 
     The weights' tree is matched at the root of the parameters, or under `trunk/`: wherever more of
     its leaves are. All names and shapes are compared before a value is read.
@@ -37,11 +56,14 @@ def load(path: epath.PathLike, abstract: Tree) -> tuple[dict[str, jax.Array], st
         converted = weights.open_converted(place) if weights.is_converted(place) else None
         if converted:
             leaves, family = converted.leaves, converted.family
+            # Its record, which names the weights' own digest: orbax's files differ each time.
+            digest = manifest.read(place).files[RECORD][1]
         else:
             file = weights.read(place)
             detected = weights.detect(file)
             rules, family = detected.rules(file), detected.name
             leaves = params_lib.flatten(weights.tree_of(file, rules))
+            digest = _digest(file.paths)
         model = params_lib.flatten(abstract)
         root = _root(leaves, model)
         _compare(leaves, model, root)
@@ -51,12 +73,26 @@ def load(path: epath.PathLike, abstract: Tree) -> tuple[dict[str, jax.Array], st
     fresh = sorted(model.keys() - placed.keys())
     where = f"under {root[:-1]}" if root else "at the root"
     rest = f"; {len(fresh)} stay fresh: {_some(fresh)}" if fresh else ""
-    return placed, f"init_from {path} ({family}): {len(placed)} parameters {where}{rest}"
+    line = f"init_from {path} ({family}): {len(placed)} parameters {where}{rest}"
+    return Published(placed, line, digest)
 
 
 def filled(params: Tree, placed: Mapping[str, jax.Array]) -> Tree:
     """Returns `params` with the leaves of `placed` in place of its own."""
     return params_lib.unflatten({**params_lib.flatten(params), **placed})
+
+
+def _digest(paths: Sequence[pathlib.Path]) -> str:
+    """Returns a SHA-256 of the files' names, sizes and ends: a process reads only its shards."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_COMPARED))
+            file.seek(max(size - _COMPARED, 0))
+            digest.update(file.read(_COMPARED))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

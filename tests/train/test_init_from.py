@@ -8,41 +8,19 @@ import pytest
 from jaxmodels import weights
 from jaxmodels.core import params as params_lib
 from jaxmodels.weights import families
-from jaxmodels.weights.rules import Rule, dense
-from tests.train import runs, toy_config
+from tests.train import runs, toy_config, toy_weights
 from train import init_from
 from train.errors import UsageError
 from train.loop import train
 from train.trained import open_run
 
-WIDTH = 64
-TABLE = [Rule("wte.weight", "embedding/table"), *dense("fc", "hidden")]
-HEAD = [*dense("classifier", "head")]
-
-
-def toy_rules(file):
-    if "classifier.weight" not in file:
-        return TABLE
-    in_trunk = [Rule(r.source, f"trunk/{r.target}", r.transform) for r in TABLE]
-    return [*in_trunk, *HEAD]
+WIDTH = toy_weights.WIDTH
+published = toy_weights.publish
 
 
 @pytest.fixture(autouse=True)
 def toy_family(monkeypatch):
-    """A published family whose trunk is part of the toy method's model."""
-    family = families.Family(
-        "toy", lambda file: 2 * ("wte.weight" in file), toy_rules, lambda file: {"width": WIDTH}
-    )
-    monkeypatch.setattr(families, "known_families", lambda: {"toy": family})
-
-
-def published(path, dtype=np.float32, head: bool = False, width: int = WIDTH):
-    rng = np.random.default_rng(0)
-    shapes = {"wte.weight": (64, width), "fc.weight": (width, width), "fc.bias": (width,)}
-    shapes |= {"classifier.weight": (3, width), "classifier.bias": (3,)} if head else {}
-    tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-    weights.save_safetensors(path, tensors)
-    return tensors
+    monkeypatch.setattr(families, "known_families", lambda: {"toy": toy_weights.FAMILY})
 
 
 def short(**settings):
@@ -99,7 +77,7 @@ def test_frozen_parameters_take_published_weights_too(tmp_path) -> None:
 
 def test_a_trunk_is_found_under_trunk(tmp_path) -> None:
     tensors = published(tmp_path / "m.safetensors")
-    placed, line = init_from.load(tmp_path / "m.safetensors", abstract(root="trunk/"))
+    placed, line, _ = init_from.load(tmp_path / "m.safetensors", abstract(root="trunk/"))
     assert sorted(placed) == ["trunk/embedding/table", "trunk/hidden/bias", "trunk/hidden/kernel"]
     assert "3 parameters under trunk; 1 stay fresh: out/kernel" in line
     np.testing.assert_array_equal(placed["trunk/hidden/bias"], tensors["fc.bias"])
@@ -111,8 +89,21 @@ def test_leaves_are_placed_as_the_model_is_sharded(tmp_path) -> None:
     published(tmp_path / "m.safetensors")
     converted = weights.convert(tmp_path / "m.safetensors", tmp_path / "c").path
     for place in (tmp_path / "m.safetensors", converted):
-        placed, _ = init_from.load(place, abstract(sharding=sharding))
+        placed, *_ = init_from.load(place, abstract(sharding=sharding))
         assert all(leaf.sharding == sharding for leaf in placed.values())
+
+
+def test_other_weights_have_another_digest_and_a_copy_has_the_same(tmp_path) -> None:
+    tensors = published(tmp_path / "m.safetensors")
+    (tmp_path / "copy").mkdir()
+    published(tmp_path / "copy" / "m.safetensors")
+    (tmp_path / "other").mkdir()
+    tensors["fc.bias"][-1] += 1
+    weights.save_safetensors(tmp_path / "other" / "m.safetensors", tensors)
+    files = [tmp_path / folder / "m.safetensors" for folder in (".", "copy", "other")]
+    for places in (files, [weights.convert(f, f.parent / "converted").path for f in files]):
+        same, copied, other = (init_from.load(place, abstract()).digest for place in places)
+        assert same == copied != other
 
 
 def test_leaves_without_a_place_are_refused_and_the_trunk_alone_is_advised(tmp_path) -> None:
@@ -123,7 +114,7 @@ def test_leaves_without_a_place_are_refused_and_the_trunk_alone_is_advised(tmp_p
     assert "2 of 5 leaves have no place in the model: head/bias, head/kernel" in text
     assert "--part trunk" in text and "\n" not in text
     made = weights.convert(tmp_path / "m.safetensors", tmp_path / "trunk", part="trunk")
-    assert len(init_from.load(made.path, abstract())[0]) == 3
+    assert len(init_from.load(made.path, abstract()).placed) == 3
 
 
 def test_another_size_is_refused_by_name_before_anything_is_read(tmp_path, monkeypatch) -> None:
