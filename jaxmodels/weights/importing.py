@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ from jaxmodels.weights.tensor_file import TensorFile, WeightsError, as_tensor_fi
 from jaxmodels.weights.transforms import Shape
 
 Index = tuple[slice, ...]
+
+# Arrays from this size on get memory of their own from the system.
+_OWN_MEMORY = 1 << 20
 
 
 def import_weights(
@@ -85,7 +90,7 @@ class LeafSource:
         """
         index = index or (slice(None),) * len(self.shape)
         spans = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
-        out = np.empty([len(span) for span in spans], self.dtype)
+        out = _room(tuple(len(span) for span in spans), self.dtype)
         if not self.rule.stacked:
             out[...] = self._layer(0)[index]
             return out
@@ -98,6 +103,23 @@ class LeafSource:
         if self.rule.part:
             values = self.rule.part.take(values)
         return self.rule.transform.forward(values)
+
+
+def _room(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Returns a new array, to be filled, whose memory is given back as soon as it is let go.
+
+    Its pages come from the system, because the C library keeps freed blocks of up to 32 MB: beside
+    the largest shard, two others were still held. And they begin where a page does: a CPU device
+    takes the array as it is, where it copies one of NumPy's, which begin 16 bytes into a page.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _OWN_MEMORY:
+        return np.empty(shape, dtype)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
 
 
 def leaf_sources(

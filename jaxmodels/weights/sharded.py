@@ -23,7 +23,8 @@ def load_sharded(
     """Returns our parameters on their devices; equal to `import_weights`, placed.
 
     Besides what is placed, the host holds one shard of one leaf at a time (a device's part of it),
-    and what the operating system keeps of the mapped file, which it drops when memory is short.
+    and what the operating system keeps of the mapped file, which it drops when memory is short. A
+    CPU device takes the shard itself: the host then holds nothing besides.
 
     Args:
       template: nested dict of `jax.ShapeDtypeStruct` with a `sharding` each; a leaf without one
