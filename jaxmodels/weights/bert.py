@@ -80,10 +80,13 @@ def _trunk(prefix: str, trunk: str, layer: Mapping[str, str], tied_word: tuple[s
 def _mlm_head(
     hidden: str, norm: str, decoder: str, bias: str, tied: bool, fallbacks: tuple[str, ...]
 ) -> list[Rule]:
+    # Who does not tie the kernel does not tie the bias either.
+    twice = (f"{decoder}.bias",)
+    copies = () if tied or fallbacks else twice
     rules = [
         *dense(hidden, "mlm_head/dense"),
         *_norm(norm, "mlm_head/norm"),
-        Rule(bias, "mlm_head/decoder/bias", aliases=(f"{decoder}.bias",)),
+        Rule(bias, "mlm_head/decoder/bias", aliases=twice, copies=copies),
     ]
     if not tied:
         kernel = Rule(
@@ -126,6 +129,7 @@ def hf_bert_rules(
     head_prefix: str = "",
     trunk: str = "",
     tied: bool = False,
+    own_decoder: bool = False,
     optional: Collection[str] = ("pooler",),
 ) -> Rules:
     """Returns the table of Hugging Face's BERT: `BertModel`, and `BertForMaskedLM`'s head.
@@ -138,6 +142,9 @@ def hf_bert_rules(
       head_prefix: before `cls.predictions` and `classifier`.
       trunk: path of the trunk in our tree: "" if it is the tree, "trunk" in a model with a head.
       tied: the decoder is the word embedding (our tree has no `mlm_head/decoder/kernel`).
+      own_decoder: theirs is not tied either (`tie_word_embeddings` is false): kernel and bias are
+        written whatever they hold. Else a kernel that equals the word embedding is left out, and
+        a file without one gives its word embeddings as our kernel.
       optional: our paths whose tensors may be in a file although the model has no such leaf.
     """
     mlm = f"{head_prefix}cls.predictions."
@@ -149,7 +156,7 @@ def hf_bert_rules(
             f"{mlm}decoder",
             f"{mlm}bias",
             tied,
-            (f"{prefix}{_WORD}",),
+            () if own_decoder else (f"{prefix}{_WORD}",),
         ),
         *dense(f"{head_prefix}classifier", "classifier"),
         Ignore(f"{head_prefix}cls.seq_relationship.*"),
@@ -163,19 +170,19 @@ def hf_roberta_rules(
     head_prefix: str = "",
     trunk: str = "",
     tied: bool = False,
+    own_decoder: bool = False,
     optional: Collection[str] = ("pooler",),
 ) -> Rules:
     """Returns the table of Hugging Face's RoBERTa and of its heads; VCC's post-norm baseline too.
 
-    Position tables keep their `max_position_embeddings` rows (the tokens' limit + 2). A file that
-    left out the tied `lm_head.decoder.weight` gives its word embeddings as our decoder kernel.
+    Position tables keep their `max_position_embeddings` rows (the tokens' limit + 2).
 
     Args: as `hf_bert_rules`; `prefix` is "roberta." inside a model with a head.
     """
     decoder = f"{head_prefix}lm_head.decoder.weight"
     rules = [
         *_trunk(prefix, trunk, _HF_LAYER, (decoder,) if tied else ()),
-        *_roberta_heads(head_prefix, tied, (f"{prefix}{_WORD}",)),
+        *_roberta_heads(head_prefix, tied, () if own_decoder else (f"{prefix}{_WORD}",)),
     ]
     return _with_optional(rules, trunk, optional)
 
@@ -284,17 +291,26 @@ def rules_for(
     Raises:
       WeightsError: as `detect_family`.
     """
+    config = keys.config if isinstance(keys, TensorFile) else {}
+    keys = set(keys)
     layout = detect_family(keys)
     tree = template or {}
     trunk = "trunk" if "trunk" in tree else ""
     where = {"prefix": layout.prefix, "head_prefix": layout.head_prefix, "trunk": trunk}
-    if layout.family == "vcc":
-        return vcc_rules(**where, optional=optional)
     if layout.family == "hf_electra":
         return _with_optional(hf_electra_rules(**where), trunk, optional)
-    tied = "mlm_head" in tree and "kernel" not in tree["mlm_head"].get("decoder", {})
-    make = hf_bert_rules if layout.family == "hf_bert" else hf_roberta_rules
-    return make(**where, tied=tied, optional=optional)
+    if layout.family != "vcc":
+        where["tied"] = "mlm_head" in tree and "kernel" not in tree["mlm_head"].get("decoder", {})
+        where["own_decoder"] = _own_decoder(layout, keys, config)
+    return _MAKE[layout.family](**where, optional=optional)
+
+
+def _own_decoder(layout: Layout, keys: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Whether a head has a kernel of its own; where a config.json does not say so, it is tied."""
+    head = "cls.predictions" if layout.family == "hf_bert" else "lm_head"
+    return f"{layout.head_prefix}{head}.decoder.weight" in keys and (
+        not config or config.get("tie_word_embeddings") is False
+    )
 
 
 _HEADS = ("mlm_head", "classifier/kernel", "classifier/bias", "classification", "hotpotqa")
@@ -328,7 +344,9 @@ def _layout(file: TensorFile) -> Layout | None:
 def _file_rules(file: TensorFile) -> Rules:
     """Returns the table of just the parts that a file has; with a head, the trunk is `trunk`."""
     layout = _layout(file) or detect_family(file)
-    where = {"prefix": layout.prefix, "head_prefix": layout.head_prefix}
+    where: dict[str, Any] = {"prefix": layout.prefix, "head_prefix": layout.head_prefix}
+    if layout.family in ("hf_bert", "hf_roberta"):
+        where["own_decoder"] = _own_decoder(layout, file, file.config)
     rules = drop_absent(_MAKE[layout.family](**where, trunk="trunk"), file, _HEADS)
     heads = any(isinstance(r, Rule) and not r.target.startswith("trunk/") for r in rules)
     if not heads:

@@ -143,6 +143,8 @@ def convert(
 def export_converted(checkpoint: Converted, dtype: Any = None) -> dict[str, np.ndarray]:
     """Returns {foreign key: array} of a converted checkpoint, under the names it came with.
 
+    A tied tensor comes once, under the first of its names: see `export_weights`.
+
     Args:
       checkpoint: as `open_converted` returned it; one of a `part` belongs back under it.
       dtype: of the floating-point tensors; None: as stored.

@@ -17,6 +17,9 @@ _Pieces = dict[int, np.ndarray]
 def export_weights(params: Any, rules: Rules) -> dict[str, np.ndarray]:
     """Returns {foreign key: array} of our parameters; the inverse of `import_weights`, bit for bit.
 
+    A tied tensor is written once, as Hugging Face's `save_pretrained` writes it: under the first
+    name of its rule, or where another leaf holds the same values under a fallback of it.
+
     Args:
       params: nested dict of arrays, unboxed. Leaves are fetched to the host one after another.
       rules: the table to write by; rules whose leaf is absent are skipped.
@@ -54,13 +57,14 @@ def export_weights(params: Any, rules: Rules) -> dict[str, np.ndarray]:
                 problems.append(f"{name} would be written twice")
     problems += [f"{name} would be written twice" for name in packed.keys() & exported.keys()]
     problems += _join(packed, exported)
+    _leave_out_tied([rule for path, rule in writers.items() if path in leaves], exported)
     if problems:
         raise WeightsError("the parameters do not fit the table: nothing was exported.", problems)
     return exported
 
 
 def _foreign(rule: Rule, leaf: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns {foreign key: array} of one leaf, aliases included; ValueError where it is wrong."""
+    """Returns {foreign key: array} of one leaf, copies included; ValueError where it is wrong."""
     if rule.stacked and not leaf.ndim:
         raise ValueError("a scalar, but stacked by its rule")
     if rule.layers and len(leaf) != len(rule.layers):
@@ -70,9 +74,24 @@ def _foreign(rule: Rule, leaf: np.ndarray) -> dict[str, np.ndarray]:
     layers = rule.foreign_layers(len(leaf)) if rule.stacked else [0]
     for layer, part in zip(layers, leaf if rule.stacked else [leaf], strict=True):
         value = rule.transform.backward(part)
-        for key in (rule.source, *rule.aliases):
+        for key in (rule.source, *rule.copies):
             found[key.replace("{i}", str(layer))] = value
     return found
+
+
+def _leave_out_tied(rules: list[Rule], exported: dict[str, np.ndarray]) -> None:
+    """Takes out what a reader finds, bit for bit, under the fallback that it looks at first."""
+    for rule in (rule for rule in rules if rule.fallbacks and not rule.stacked):
+        value = exported.get(rule.source)
+        there = next((exported[key] for key in rule.fallbacks if key in exported), None)
+        if value is not None and there is not None and _same(value, there):
+            del exported[rule.source]
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    # By bytes: two NaNs in the same place are the same tensor.
+    same = (a.shape, a.dtype) == (b.shape, b.dtype)
+    return same and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
 
 def _join(packed: Mapping[str, tuple[Rule, _Pieces]], exported: dict[str, np.ndarray]) -> list[str]:

@@ -22,8 +22,10 @@ class Rule:
       optional: our leaf may be absent: from the model although the file has the tensor, and from
         the file where the tree is built from the file alone (`import_tree`).
       aliases: other foreign keys of the same tensor (tied): any is read, all present ones must be
-        equal, all are written.
-      fallbacks: foreign keys read when `source` and its aliases are absent; never written.
+        equal. Not written: their library ties them by itself, and files hold a tensor once.
+      copies: those of `aliases` that are written all the same, where nobody ties them.
+      fallbacks: foreign keys read when `source` and its aliases are absent; never written. A tensor
+        equal to what is written under its fallback is left out, to be read from there again.
       part: our leaf is this piece of the foreign tensor (before `transform`); the other pieces
         have rules of their own with the same source.
       layers: foreign index of each layer of our stack; None: 0, 1, 2, ...
@@ -34,6 +36,7 @@ class Rule:
     transform: Transform = IDENTITY
     optional: bool = False
     aliases: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     part: Part | None = None
     layers: tuple[int, ...] | None = None
@@ -44,6 +47,10 @@ class Rule:
         if counts not in ({0}, {1}):
             raise WeightsError(
                 f"rule for {self.target!r}: {{i}} must occur once in every key or never."
+            )
+        if not set(self.copies) <= set(self.aliases):
+            raise WeightsError(
+                f"rule for {self.target!r}: copies={self.copies} must be among its aliases."
             )
         if self.layers is not None and (
             not self.stacked or not self.layers or len(set(self.layers)) != len(self.layers)
@@ -149,6 +156,7 @@ def per_stage(rules: Iterable[Rule | Ignore], stages: Iterable[int]) -> list[Rul
             source=rule.source.replace("{s}", stage),
             target=rule.target.replace("{s}", stage),
             aliases=tuple(key.replace("{s}", stage) for key in rule.aliases),
+            copies=tuple(key.replace("{s}", stage) for key in rule.copies),
             fallbacks=tuple(key.replace("{s}", stage) for key in rule.fallbacks),
         )
 
@@ -167,6 +175,7 @@ def with_prefix(rules: Iterable[Rule | Ignore], source: str = "", target: str = 
             source=source + rule.source,
             target=target + rule.target,
             aliases=tuple(source + key for key in rule.aliases),
+            copies=tuple(source + key for key in rule.copies),
             fallbacks=tuple(source + key for key in rule.fallbacks),
         )
 
@@ -203,8 +212,8 @@ def table_faults(rules: Rules) -> list[str]:
     for source, group in groups.items():
         first = group[0]
         if any(
-            (r.part.shares, r.part.axis, r.layers, r.aliases)
-            != (first.part.shares, first.part.axis, first.layers, first.aliases)
+            (r.part.shares, r.part.axis, r.layers, r.aliases, r.copies)
+            != (first.part.shares, first.part.axis, first.layers, first.aliases, first.copies)
             for r in group
         ):
             faults.append(f"rules for {source} differ in shares, axis, layers or aliases")

@@ -118,8 +118,9 @@ def test_a_tied_decoder_is_the_word_embedding_both_ways(make) -> None:
     params = fill(mlm_template("post", tied=True))
     tensors = weights.export_weights(params, make(prefix=own, trunk="trunk", tied=True))
     word = f"{own}embeddings.word_embeddings.weight"
-    np.testing.assert_array_equal(tensors[f"{head}.decoder.weight"], tensors[word])
-    np.testing.assert_array_equal(tensors[f"{head}.decoder.bias"], tensors[f"{head}.bias"])
+    assert not any(key.startswith(f"{head}.decoder.") for key in tensors)
+    tensors[f"{head}.decoder.weight"] = tensors[word]
+    tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
     # Into a tied tree, and without the duplicate into a tree that has its own decoder.
     for tied in (True, False):
         template = mlm_template("post", tied)

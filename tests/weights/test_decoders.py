@@ -90,7 +90,7 @@ def test_tied_names_of_an_old_file_are_read_from_any_and_must_agree(tmp_path: An
     file = weights.read(path)
     rules = weights.detect(file).rules(file)
     back = weights.export_weights(weights.import_tree(file, rules), rules)
-    assert sorted(back) == sorted(tensors)
+    assert set(tensors) - set(back) == {*tied[1:], "lm_head.weight"}
     only = {key: value for key, value in tensors.items() if key not in [*tied, "lm_head.weight"]}
     only["model.decoder.embed_tokens.weight"] = tensors[tied[0]]
     path.unlink()

@@ -7,6 +7,7 @@ import pytest
 
 from jaxmodels import weights
 from jaxmodels.weights import IDENTITY, TRANSPOSE, Ignore, Rule
+from jaxmodels.weights.rules import per_stage, with_prefix
 
 RULES = (
     Rule("net.{i}.weight", "layers/kernel", TRANSPOSE),
@@ -46,12 +47,13 @@ def test_stacked_and_transposed_tensors_land_in_their_layer() -> None:
         np.testing.assert_array_equal(params["layers"]["bias"][i], tensors[f"net.{i}.bias"])
 
 
-def test_import_then_export_is_bit_exact_and_writes_aliases() -> None:
+def test_import_then_export_is_bit_exact_and_writes_tied_tensors_once() -> None:
     tensors = foreign()
     tensors["norm.weight"][0] = np.nan
     exported = weights.export_weights(weights.import_weights(template(), tensors, RULES), RULES)
-    assert exported.keys() == tensors.keys()
-    for name, value in tensors.items():
+    assert exported.keys() == tensors.keys() - {"head.decoder.bias"}
+    for name in exported:
+        value = tensors[name]
         assert exported[name].dtype == value.dtype
         np.testing.assert_array_equal(exported[name].tobytes(), value.tobytes(), err_msg=name)
 
@@ -132,6 +134,39 @@ def test_export_lists_leaves_without_rule_and_double_writes() -> None:
     with pytest.raises(weights.WeightsError) as error:
         weights.export_weights(params, twice)
     assert error.value.problems == ("no rule for our norm/b", "norm.weight would be written twice")
+
+
+def test_copies_are_written_under_the_names_of_with_prefix_and_per_stage() -> None:
+    rules = [Rule("{s}.a", "a_{s}", aliases=("{s}.b", "{s}.c"), copies=("{s}.c",))]
+    rules = with_prefix(per_stage(rules, range(2)), "x.", "ours/")
+    params = {"ours": {"a_0": np.zeros(2), "a_1": np.ones(2)}}
+    exported = weights.export_weights(params, rules)
+    assert {key: value[0] for key, value in exported.items()} == {
+        "x.0.a": 0, "x.0.c": 0, "x.1.a": 1, "x.1.c": 1,
+    }  # fmt: skip
+    with pytest.raises(weights.WeightsError, match="'a': copies=.'c',. must be among its aliases"):
+        Rule("a", "a", aliases=("b",), copies=("c",))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_tensor_is_left_out_only_if_its_fallback_holds_the_same_bits(shift: int) -> None:
+    rules = (
+        Rule("words", "words"),
+        Rule("head", "head", TRANSPOSE, fallbacks=("first", "words")),
+    )
+    words = np.arange(6, dtype=np.float32).reshape(2, 3)
+    words[0, 0] = np.nan
+    head = words.T.copy()
+    head[2, 1] += shift
+    params = {"words": words, "head": head}
+    exported = weights.export_weights(params, rules)
+    assert exported.keys() == ({"words", "head"} if shift else {"words"})
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, weights.import_weights(shapes, exported, rules), params
+    )
+    narrow = {"words": words, "head": head.astype(np.float16)}
+    assert weights.export_weights(narrow, rules).keys() == {"words", "head"}
 
 
 def test_a_rule_stacked_in_only_some_keys_is_refused() -> None:
