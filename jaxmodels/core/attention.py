@@ -223,7 +223,7 @@ class MultiHeadAttention(nn.Module):
                 f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
                 "choose a divisor."
             )
-        normal = nn.initializers.normal(0.02)
+        normal = layers.normal(0.02)
         qkv_bias = self.use_bias if self.qkv_bias is None else self.qkv_bias
 
         def dense(name: str, features: int, axes: tuple[str, str], bias: bool) -> layers.Dense:

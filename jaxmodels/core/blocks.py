@@ -56,7 +56,8 @@ class TransformerLayer(nn.Module):
       activation: of the feed-forward, see `layers.ACTIVATIONS`.
       gated: feed-forward with two inner projections.
       cross_attention: attends to a context after itself.
-      inits: initialisers by projection name: query, key, value, out, wi, wo.
+      inits: initialisers by projection name: query, key, value, out, wi, wo; a FrozenDict of
+        `layers.normal`, so that equal layers are equal.
       hooks: what a method changes.
     """
 
@@ -94,7 +95,7 @@ class TransformerLayer(nn.Module):
             self.cross_attention_norm = self._norm()
             self.cross = self._attention("cross_attention", None)
         self.ffn_norm = self._norm()
-        normal = nn.initializers.normal(0.02)
+        normal = layers.normal(0.02)
         self.ffn = layers.FeedForward(
             self.d_ff,
             self.activation,

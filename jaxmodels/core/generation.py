@@ -11,12 +11,18 @@ itself where it is not given any. `start` runs what comes before the first new t
 and the decoder's start token, or the whole prompt of a decoder-only model. `step` runs one token a
 row: tokens [N] int32, logits [N, vocab] float32. N is the batch, or batch x beams with the beams of
 an example side by side.
+
+A class whose `start` continues the ids themselves, and so wants them padded on the left, says so by
+`left_padded = True`.
 """
 
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
+
+from jaxmodels.core import layers
 
 
 @struct.dataclass
@@ -26,12 +32,11 @@ class Prepared:
     Attributes:
       layer_params: the decoder's layers by themselves, see `core.stack.Stack.unstacked`: no step
         copies a layer out of the stack.
-      head_kernel: [d_model, vocab], in the type of the products. A tied table is turned round
-        once: read by rows at every step it costs several times as much.
+      head_kernel: [d_model, vocab], in the type of the products, by `layers.for_few_rows`.
     """
 
     layer_params: tuple[Any, ...]
-    head_kernel: jax.Array
+    head_kernel: jax.Array | layers.Turned
 
 
 @struct.dataclass
@@ -53,3 +58,27 @@ class Started:
     logits: jax.Array
     cache: Any
     fixed: Any = None
+
+
+def check_left_padded(mask: Any, length: int, name: str = "attention_mask") -> None:
+    """Refuses a mask [batch, >= length] whose prompts have padding behind or between their tokens.
+
+    The last `length` places are the prompt's; soft prompts may stand in front of its padding.
+    Looks at values: a mask that is being traced, or is spread over processes, passes. A row without
+    any token passes too: it fills a batch.
+
+    Raises:
+      ValueError: names the first such row.
+    """
+    if np.ndim(mask) != 2 or isinstance(mask, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return  # none, of another shape (told by others), or without values
+    if isinstance(mask, jax.Array) and not mask.is_fully_addressable:
+        return
+    real = np.asarray(jax.device_get(mask))[:, -length:] != 0
+    wrong = np.flatnonzero((real[:, :-1] & ~real[:, 1:]).any(axis=1))
+    if wrong.size:
+        raise ValueError(
+            f"{name}: row {wrong[0]} is {real[wrong[0]].astype(int).tolist()}, with padding behind "
+            "or between its tokens; new tokens follow the last place, so all padding must be in "
+            "front: pad on the left, as decoding.pad_to_bucket does."
+        )

@@ -1,20 +1,63 @@
 """The smallest layers, with logical axis names: dense, norms, embedding table, feed-forward."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from jaxmodels.core.hooks import Hooks
 
 Initializer = Callable[..., jax.Array]
 
 
+@functools.cache
+def normal(std: float) -> Initializer:
+    """Returns the initialiser N(0, std^2): the same one every time, so that layers compare equal.
+
+    A layer is a static argument of compiled functions: an unequal one would compile them again.
+    """
+    return nn.initializers.normal(std)
+
+
 def partitioned(init: Initializer, names: Sequence[str | None]) -> Initializer:
     """Returns `init` with its result boxed: names are logical axes of `core.partitioning`."""
     return nn.with_logical_partitioning(init, tuple(names))
+
+
+@struct.dataclass
+class Turned:
+    """A kernel held as [d_out, d_in]; see `for_few_rows`."""
+
+    kernel: jax.Array
+
+    def astype(self, dtype: Any) -> "Turned":
+        """Returns it in another type, as an array's own `astype`."""
+        return Turned(self.kernel.astype(dtype))
+
+
+def for_few_rows(kernel: jax.Array) -> jax.Array | Turned:
+    """Returns a kernel [d_in, d_out] as `product` reads it fastest when few rows are multiplied.
+
+    On a CPU a float32 kernel is turned round, to be the left side: the library there packs its
+    right side anew at every product, which for few rows costs more than the product. Others stay.
+    """
+    turn = kernel.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    return Turned(kernel.T) if turn else kernel
+
+
+def product(x: jax.Array, kernel: jax.Array | Turned) -> jax.Array:
+    """Returns x [..., d_in] times kernel [d_in, d_out], accumulated in float32: [..., d_out]."""
+    if isinstance(kernel, Turned):
+        axes = (((1,), (x.ndim - 1,)), ((), ()))
+        y = jax.lax.dot_general(kernel.kernel, x, axes, preferred_element_type=jnp.float32)
+        # Without the barrier the compiler puts the sides back in the usual order.
+        return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
+    axes = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, axes, preferred_element_type=jnp.float32)
 
 
 class Dense(nn.Module):
@@ -32,18 +75,15 @@ class Dense(nn.Module):
     axes: tuple[str | None, str | None] = ("embed", "mlp")
     use_bias: bool = True
     dtype: Any = jnp.float32
-    kernel_init: Initializer = nn.initializers.normal(0.02)
+    kernel_init: Initializer = normal(0.02)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", partitioned(self.kernel_init, self.axes), shape, jnp.float32)
-        y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (((x.ndim - 1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Turned):  # only a decoding loop holds turned ones
+            init, shape = partitioned(self.kernel_init, self.axes), (x.shape[-1], self.features)
+            kernel = self.param("kernel", init, shape, jnp.float32)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias_init = partitioned(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", bias_init, (self.features,), jnp.float32)
@@ -95,7 +135,7 @@ class Embedding(nn.Module):
     size: int
     features: int
     axes: tuple[str | None, str | None] = ("vocab", "embed")
-    embedding_init: Initializer = nn.initializers.normal(0.02)
+    embedding_init: Initializer = normal(0.02)
 
     def setup(self) -> None:
         init = partitioned(self.embedding_init, self.axes)
@@ -153,8 +193,8 @@ class FeedForward(nn.Module):
     use_bias: bool = True
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
-    wi_init: Initializer = nn.initializers.normal(0.02)
-    wo_init: Initializer = nn.initializers.normal(0.02)
+    wi_init: Initializer = normal(0.02)
+    wo_init: Initializer = normal(0.02)
     hooks: Hooks | None = None
 
     @nn.compact

@@ -29,7 +29,7 @@ class PatchProjection(nn.Module):
     patch_size: int
     use_bias: bool = True
     dtype: Any = jnp.float32
-    kernel_init: layers.Initializer = nn.initializers.normal(0.02)
+    kernel_init: layers.Initializer = layers.normal(0.02)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -71,9 +71,9 @@ class PatchEmbeddings(nn.Module):
     use_bias: bool = True
     interpolate_positions: bool = False
     dtype: Any = jnp.float32
-    patch_init: layers.Initializer = nn.initializers.normal(0.02)
-    class_init: layers.Initializer = nn.initializers.normal(0.02)
-    position_init: layers.Initializer = nn.initializers.normal(0.02)
+    patch_init: layers.Initializer = layers.normal(0.02)
+    class_init: layers.Initializer = layers.normal(0.02)
+    position_init: layers.Initializer = layers.normal(0.02)
 
     def setup(self) -> None:
         self.grid = self.image_size // self.patch_size

@@ -60,7 +60,7 @@ class RelativeBias(nn.Module):
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = True
-    embedding_init: layers.Initializer = nn.initializers.normal(0.02)
+    embedding_init: layers.Initializer = layers.normal(0.02)
 
     def setup(self) -> None:
         axes = (None, "heads")

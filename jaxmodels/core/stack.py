@@ -1,5 +1,6 @@
 """A stack of transformer layers as one module: scanned over when whole, unrolled when decoding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -154,13 +155,19 @@ class Stack(nn.Module):
         """Returns the parameters of each layer by itself, kernels in the type of the products.
 
         Held beside the stack while tokens are generated, so that no step copies a layer out of it.
+        The layers' own kernels (not those of hooks) are made `layers.for_few_rows`.
         """
-        dtype = self.layer.dtype
 
-        def cast(path: Any, leaf: jax.Array) -> jax.Array:
-            return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        def lay_out(tree: Any, own: bool = True) -> Any:
+            if not isinstance(tree, Mapping):
+                return tree
+            laid = {name: lay_out(part, own and name != "hooks") for name, part in tree.items()}
+            if "kernel" in laid:
+                kernel = laid["kernel"].astype(self.layer.dtype)
+                laid["kernel"] = layers.for_few_rows(kernel) if own else kernel
+            return laid
 
-        return tuple(jax.tree_util.tree_map_with_path(cast, params) for _, params in self._each())
+        return tuple(lay_out(params) for _, params in self._each())
 
     def context_caches(self, context: jax.Array) -> tuple[KVCache, ...]:
         """Returns each layer's keys and values of a context [B, K, d_model]."""

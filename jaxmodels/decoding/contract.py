@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxmodels.core.generation import check_left_padded
 from jaxmodels.decoding.settings import GenerationSettings
 
 # step(tokens [N] int32, cache) -> (logits [N, vocab] of the next token, cache)
@@ -45,8 +46,8 @@ def check_inputs(
     """Refuses inputs of generation that do not fit together, while tracing.
 
     Raises:
-      ValueError: shapes of prompt, mask, logits or cache that disagree, or token ids outside the
-        vocabulary.
+      ValueError: shapes of prompt, mask, logits or cache that disagree, a mask with padding that
+        is not in front, or token ids outside the vocabulary.
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(
@@ -63,6 +64,7 @@ def check_inputs(
             f"prompt_mask has shape {list(prompt_mask.shape)}, prompt {list(prompt.shape)}: "
             "make them equal."
         )
+    check_left_padded(prompt_mask, prompt.shape[1], "prompt_mask")
     for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
         if jnp.ndim(leaf) and jnp.shape(leaf)[0] != prompt.shape[0]:
             raise ValueError(

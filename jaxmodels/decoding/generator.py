@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from jaxmodels.core.generation import check_left_padded
 from jaxmodels.decoding.contract import Generated
 from jaxmodels.decoding.search import generate
 from jaxmodels.decoding.settings import GenerationSettings
@@ -59,6 +60,9 @@ class Generator:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
             # Part of somebody's program, who compiles it as they please.
             return self._run(params, None, input_ids, attention_mask, rng, inputs)
+        if getattr(self.model, "left_padded", False):
+            # Compiled, `start` does not see values.
+            check_left_padded(attention_mask, input_ids.shape[1])
         prepared = self._prepared(params)
         return self._compiled(params, prepared, input_ids, attention_mask, rng, inputs)
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxmodels.core import attention, blocks, hooks, layers, stack
-from jaxmodels.core.generation import Prepared, Started
+from jaxmodels.core import blocks, hooks, layers, stack
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.trunks import encoder_decoder
 from jaxmodels.trunks.encoder_decoder import EncoderDecoder
@@ -182,66 +181,15 @@ class BartModel(EncoderDecoder):
         x = self.shared(ids)
         return x * self.config.d_model**0.5 if self.config.scale_embedding else x
 
-    def encode(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        *,
-        inputs_embeds: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Encodes ids, or embeddings (soft prompts in front of `embed(ids)`, say).
+    def enter(self, side: str, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, None]:
+        """Returns the residual stream of word embeddings x [B, L, d_model]; no position bias.
 
         Args:
-          input_ids: [B, L] int.
-          attention_mask: [B, L], 1 on real tokens; default all ones.
-          inputs_embeds: [B, L, d_model], in place of ids.
-          deterministic: no dropout; else an rng named "dropout" is needed.
-
-        Returns:
-          [B, L, d_model] float32.
-
-        Raises:
-          ValueError: ids and embeddings are both given, or neither; L is above max_positions.
-        """
-        x = self.words(input_ids, inputs_embeds)
-        self._check_length("input", x.shape[1])
-        x = self.encoder_embeddings(x, deterministic=deterministic)
-        bias = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
-        return self.encoder(x, bias, deterministic)
-
-    def decode(
-        self,
-        decoder_input_ids: jax.Array,
-        encoded: jax.Array,
-        attention_mask: jax.Array | None = None,
-        decoder_attention_mask: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Runs the decoder on whole sequences (training).
-
-        Args:
-          decoder_input_ids: [B, T] int, see `shift_right`.
-          encoded: [B, L, d_model], what it cross-attends to.
-          attention_mask: [B, L], 1 on real rows of `encoded`; default all ones.
-          decoder_attention_mask: [B, T], 1 on tokens that may be attended to; default all ones
-            (padding behind a sequence is behind what the causal mask lets it see).
+          side: "encoder" or "decoder".
+          x: a whole sequence.
           deterministic: no dropout.
-
-        Returns:
-          [B, T, d_model] float32; `head` makes logits of it.
-
-        Raises:
-          ValueError: T is above max_positions.
         """
-        length = decoder_input_ids.shape[1]
-        self._check_length("output", length)
-        x = self.decoder_embeddings(self.embed(decoder_input_ids), deterministic=deterministic)
-        bias = attention.causal_bias(length, length)
-        if decoder_attention_mask is not None:
-            bias = bias + attention.hidden_keys_bias(decoder_attention_mask)
-        mask = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
-        return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
+        return getattr(self, f"{side}_embeddings")(x, deterministic=deterministic), None
 
     def head_kernel(self) -> jax.Array:
         """Returns the word table as the head's kernel [d_model, vocab_size]."""
@@ -256,25 +204,8 @@ class BartModel(EncoderDecoder):
         """Returns the residual stream [N, 1, d_model] of the next place; no position bias."""
         return self.decoder_embeddings(x, cache.length), None
 
-    def start_from(
-        self,
-        encoded: jax.Array,
-        attention_mask: jax.Array | None = None,
-        *,
-        max_new_tokens: int,
-        prepared: Prepared | None = None,
-    ) -> Started:
-        """See `EncoderDecoder.start_from`.
-
-        Raises:
-          ValueError: max_new_tokens is above max_positions.
-        """
-        self._check_length("output", max_new_tokens)
-        return super().start_from(
-            encoded, attention_mask, max_new_tokens=max_new_tokens, prepared=prepared
-        )
-
-    def _check_length(self, what: str, length: int) -> None:
+    def check_length(self, what: str, length: int) -> None:
+        """Raises ValueError where an "input" or "output" is longer than the position table."""
         most = self.config.max_positions
         if length > most:
             raise ValueError(

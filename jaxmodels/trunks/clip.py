@@ -204,7 +204,7 @@ class TextEmbeddings(nn.Module):
     config: TextConfig
 
     def setup(self) -> None:
-        config, normal = self.config, nn.initializers.normal
+        config, normal = self.config, layers.normal
         self.word = layers.Embedding(config.vocab_size, config.d_model, embedding_init=normal(0.02))
         self.position = layers.Embedding(
             config.max_positions, config.d_model, (None, "embed"), normal(0.01)
@@ -245,7 +245,7 @@ class TextTower(nn.Module):
                 config.projection_dim,
                 use_bias=False,
                 dtype=config.dtype,
-                kernel_init=nn.initializers.normal(config.d_model**-0.5),
+                kernel_init=layers.normal(config.d_model**-0.5),
             )
 
     def embed(self, input_ids: jax.Array) -> jax.Array:

@@ -234,7 +234,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Encoded:
         config, (batch, height, width, d_model) = self.config, x.shape
-        normal = nn.initializers.normal(d_model**-0.5)
+        normal = layers.normal(d_model**-0.5)
         rows = 1 + (config.image_size // REDUCTION) ** 2
         position = layers.Embedding(rows, d_model, (None, "embed"), normal, name="position")
         tokens = x.reshape(batch, -1, d_model)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.core import FrozenDict
 
 from jaxmodels.core import blocks, hooks, layers, stack
 from jaxmodels.core.rotary import Rotary
@@ -111,7 +111,7 @@ class DecoderConfig:
         """Returns the stack of layers with its final norm."""
         # GPT-2 starts the branches' last projections smaller, so that their sum keeps its size.
         depth = 1.0 if self.rope_theta is not None else (2 * self.num_layers) ** -0.5
-        small = nn.initializers.normal(0.02 * depth)
+        small = layers.normal(0.02 * depth)
         layer = blocks.TransformerLayer(
             num_heads=self.num_heads,
             d_model=self.d_model,
@@ -129,7 +129,7 @@ class DecoderConfig:
             norm=self.norm,
             activation=self.activation,
             gated=self.gated,
-            inits={"out": small, "wo": small},
+            inits=FrozenDict(out=small, wo=small),
             parent=None,
         )
         return stack.Stack(layer, self.num_layers, self.layer_hooks, self.norm, remat=self.remat)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from jaxmodels.core import attention, layers
-from jaxmodels.core.generation import Prepared, Started
+from jaxmodels.core.generation import Prepared, Started, check_left_padded
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.trunks.decoder_config import SIZES, DecoderConfig
 from jaxmodels.trunks.lm_head import LMHead, logits
@@ -60,6 +60,8 @@ class DecoderLM(nn.Module):
     Attributes:
       config: sizes; a Hugging Face checkpoint loads with `jaxmodels.weights`.
     """
+
+    left_padded = True  # see `core.generation`; without a type, not a field
 
     config: DecoderConfig
 
@@ -163,7 +165,7 @@ class DecoderLM(nn.Module):
 
     def prepare(self) -> Prepared:
         """Returns the parameters as steps read them: see `core.generation`."""
-        kernel = self.head_kernel().astype(self.config.dtype)
+        kernel = layers.for_few_rows(self.head_kernel().astype(self.config.dtype))
         return Prepared(self.decoder.unstacked(), kernel)
 
     def start(
@@ -189,7 +191,7 @@ class DecoderLM(nn.Module):
             from the last one (a prefix of keys and values may take the first positions).
 
         Raises:
-          ValueError: learned positions run out, or the shapes disagree.
+          ValueError: learned positions run out, the shapes disagree, or padding is not in front.
         """
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = embeds.shape[:2]
@@ -198,6 +200,7 @@ class DecoderLM(nn.Module):
                 f"inputs_embeds of length {length} for prompts of {input_ids.shape[1]} tokens: "
                 "embed all of them."
             )
+        check_left_padded(attention_mask, input_ids.shape[1])
         mask = jnp.ones((batch, length), jnp.int32) if attention_mask is None else attention_mask
         # The last new token is chosen and never read.
         places = length + max_new_tokens - 1

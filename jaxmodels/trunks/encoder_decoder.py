@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from jaxmodels.core import attention
+from jaxmodels.core import attention, layers
 from jaxmodels.core.generation import Prepared, Started
 from jaxmodels.core.kv_cache import KVCache
 
@@ -28,7 +28,8 @@ class Fixed:
 class EncoderDecoder(nn.Module):
     """Base of models with `encoder` and `decoder` stacks and a `config` with `start_id`, `dtype`.
 
-    A trunk defines `embed`, `encode`, `decode`, `head_kernel`, `project` and `place`.
+    A trunk defines `embed`, `enter`, `place`, `head_kernel` and `project`; one whose positions end
+    somewhere also `check_length`.
     """
 
     def head(self, hidden: jax.Array) -> jax.Array:
@@ -65,6 +66,72 @@ class EncoderDecoder(nn.Module):
             raise ValueError("encode takes either input_ids or inputs_embeds: give one of them.")
         return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
 
+    def check_length(self, what: str, length: int) -> None:
+        """Raises ValueError where an "input" or "output" of `length` tokens has no positions."""
+
+    def encode(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Encodes ids, or embeddings (soft prompts in front of `embed(ids)`, say).
+
+        Args:
+          input_ids: [B, L] int.
+          attention_mask: [B, L], 1 on real tokens; default all ones.
+          inputs_embeds: [B, L, d_model], in place of ids.
+          deterministic: no dropout; else an rng named "dropout" is needed.
+
+        Returns:
+          [B, L, d_model] float32, after the final norm where there is one.
+
+        Raises:
+          ValueError: ids and embeddings are both given, or neither; L is above the positions.
+        """
+        x = self.words(input_ids, inputs_embeds)
+        self.check_length("input", x.shape[1])
+        x, bias = self.enter("encoder", x, deterministic)
+        if attention_mask is not None:
+            bias = _sum(bias, attention.hidden_keys_bias(attention_mask))
+        return self.encoder(x, bias, deterministic)
+
+    def decode(
+        self,
+        decoder_input_ids: jax.Array,
+        encoded: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Runs the decoder on whole sequences (training).
+
+        Args:
+          decoder_input_ids: [B, T] int, see `shift_right`.
+          encoded: [B, L, d_model], what it cross-attends to.
+          attention_mask: [B, L], 1 on real rows of `encoded`; default all ones.
+          decoder_attention_mask: [B, T], 1 on tokens that may be attended to; default all ones
+            (padding behind a sequence is behind what the causal mask lets it see).
+          deterministic: no dropout.
+
+        Returns:
+          [B, T, d_model] float32, after the final norm where there is one; `head` makes logits of
+          it.
+
+        Raises:
+          ValueError: T is above the positions.
+        """
+        length = decoder_input_ids.shape[1]
+        self.check_length("output", length)
+        x, bias = self.enter("decoder", self.embed(decoder_input_ids), deterministic)
+        bias = _sum(bias, attention.causal_bias(length, length))
+        if decoder_attention_mask is not None:
+            bias = bias + attention.hidden_keys_bias(decoder_attention_mask)
+        mask = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
+        return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
+
     def start_tokens(self, batch: int) -> jax.Array:
         """Returns the first decoder input, [batch, 1] int32."""
         return jnp.full((batch, 1), self.config.start_id, jnp.int32)
@@ -86,7 +153,7 @@ class EncoderDecoder(nn.Module):
 
     def prepare(self) -> Prepared:
         """Returns the parameters as steps read them: see `core.generation`."""
-        kernel = self.head_kernel().astype(self.config.dtype)
+        kernel = layers.for_few_rows(self.head_kernel().astype(self.config.dtype))
         return Prepared(self.decoder.unstacked(), kernel)
 
     def start_from(
@@ -97,7 +164,12 @@ class EncoderDecoder(nn.Module):
         max_new_tokens: int,
         prepared: Prepared | None = None,
     ) -> Started:
-        """As `start`, from what the decoder is to attend to, [B, L, d_model]."""
+        """As `start`, from what the decoder is to attend to, [B, L, d_model].
+
+        Raises:
+          ValueError: max_new_tokens is above the positions.
+        """
+        self.check_length("output", max_new_tokens)
         batch, length = encoded.shape[:2]
         if attention_mask is None:
             attention_mask = jnp.ones((batch, length), jnp.int32)
@@ -125,6 +197,10 @@ class EncoderDecoder(nn.Module):
             layer_params=fixed.prepared.layer_params,
         )
         return self.project(x[:, 0], fixed.prepared.head_kernel), caches
+
+
+def _sum(bias: jax.Array | None, more: jax.Array) -> jax.Array:
+    return more if bias is None else bias + more
 
 
 def shift_right(labels: jax.Array, start_id: int, pad_id: int) -> jax.Array:

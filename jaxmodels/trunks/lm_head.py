@@ -20,14 +20,13 @@ class LMHead(nn.Module):
 
     d_model: int
     vocab_size: int
-    kernel_init: layers.Initializer = nn.initializers.normal(0.02)
+    kernel_init: layers.Initializer = layers.normal(0.02)
 
     def setup(self) -> None:
         init = layers.partitioned(self.kernel_init, ("embed", "vocab"))
         self.kernel = self.param("kernel", init, (self.d_model, self.vocab_size), jnp.float32)
 
 
-def logits(hidden: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def logits(hidden: jax.Array, kernel: jax.Array | layers.Turned, dtype: Any) -> jax.Array:
     """Returns hidden [..., d_model] kernel [d_model, vocab], the product in `dtype`; float32."""
-    hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return layers.product(hidden.astype(dtype), kernel.astype(dtype))

@@ -80,7 +80,7 @@ class SwinLayer(blocks.TransformerLayer):
 
     def setup(self) -> None:
         super().setup()
-        init = layers.partitioned(nn.initializers.normal(0.02), (None, "heads"))
+        init = layers.partitioned(layers.normal(0.02), (None, "heads"))
         shape = ((2 * self.window - 1) ** 2, self.num_heads)
         self.relative_position_bias = self.param("relative_position_bias", init, shape, jnp.float32)
 

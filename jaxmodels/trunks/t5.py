@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
-from jaxmodels.core import attention, blocks, hooks, layers, stack
+from jaxmodels.core import blocks, hooks, layers, stack
 from jaxmodels.core.kv_cache import KVCache
 from jaxmodels.core.relative_bias import RelativeBias
 from jaxmodels.trunks import encoder_decoder
@@ -105,7 +106,7 @@ class T5Config:
             activation=self.activation,
             gated=self.gated,
             cross_attention=decoder,
-            inits={name: nn.initializers.normal(std) for name, std in stds.items()},
+            inits=FrozenDict({name: layers.normal(std) for name, std in stds.items()}),
             parent=None,
         )
 
@@ -174,14 +175,12 @@ class T5(EncoderDecoder):
 
     def setup(self) -> None:
         config = self.config
-        normal = nn.initializers.normal
-        self.shared = layers.Embedding(
-            config.vocab_size, config.d_model, embedding_init=normal(1.0)
-        )
+        normal = layers.normal(1.0)
+        self.shared = layers.Embedding(config.vocab_size, config.d_model, embedding_init=normal)
         self.encoder = self._stack(decoder=False)
         self.decoder = self._stack(decoder=True)
         if not config.tied_head:
-            self.lm_head = LMHead(config.d_model, config.vocab_size, normal(1.0))
+            self.lm_head = LMHead(config.d_model, config.vocab_size, normal)
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def _stack(self, decoder: bool) -> T5Stack:
@@ -191,7 +190,7 @@ class T5(EncoderDecoder):
             config.num_buckets,
             config.max_distance,
             bidirectional=not decoder,
-            embedding_init=nn.initializers.normal(config.d_model**-0.5),
+            embedding_init=layers.normal(config.d_model**-0.5),
             parent=None,
         )
         return T5Stack(
@@ -208,64 +207,18 @@ class T5(EncoderDecoder):
         """Returns the word embeddings of ids [B, L] int -> [B, L, d_model] float32."""
         return self.shared(ids)
 
-    def encode(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        *,
-        inputs_embeds: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Encodes ids, or embeddings (soft prompts in front of `embed(ids)`, say).
+    def enter(
+        self, side: str, x: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the word embeddings x [B, L, d_model] as a stack reads them, and position bias.
 
         Args:
-          input_ids: [B, L] int.
-          attention_mask: [B, L], 1 on real tokens; default all ones.
-          inputs_embeds: [B, L, d_model], in place of ids.
-          deterministic: no dropout; else an rng named "dropout" is needed.
-
-        Returns:
-          [B, L, d_model] float32, after the final norm.
-
-        Raises:
-          ValueError: ids and embeddings are both given, or neither.
-        """
-        x = self.words(input_ids, inputs_embeds)
-        bias = self.encoder.position_bias(x.shape[1], x.shape[1])
-        if attention_mask is not None:
-            bias = bias + attention.hidden_keys_bias(attention_mask)
-        x = self.dropout(x, deterministic=deterministic)
-        return self.encoder(x, bias, deterministic)
-
-    def decode(
-        self,
-        decoder_input_ids: jax.Array,
-        encoded: jax.Array,
-        attention_mask: jax.Array | None = None,
-        decoder_attention_mask: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Runs the decoder on whole sequences (training).
-
-        Args:
-          decoder_input_ids: [B, T] int, see `shift_right`.
-          encoded: [B, L, d_model], what it cross-attends to.
-          attention_mask: [B, L], 1 on real rows of `encoded`; default all ones.
-          decoder_attention_mask: [B, T], 1 on tokens that may be attended to; default all ones
-            (padding behind a sequence is behind what the causal mask lets it see).
+          side: "encoder" or "decoder".
+          x: a whole sequence.
           deterministic: no dropout.
-
-        Returns:
-          [B, T, d_model] float32, after the final norm; `head` makes logits of it.
         """
-        x = self.dropout(self.embed(decoder_input_ids), deterministic=deterministic)
-        length = x.shape[1]
-        causal = attention.causal_bias(length, length)
-        bias = self.decoder.position_bias(length, length) + causal
-        if decoder_attention_mask is not None:
-            bias = bias + attention.hidden_keys_bias(decoder_attention_mask)
-        mask = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
-        return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
+        bias = getattr(self, side).position_bias(x.shape[1], x.shape[1])
+        return self.dropout(x, deterministic=deterministic), bias
 
     def head_kernel(self) -> jax.Array:
         """Returns the head's kernel [d_model, vocab_size], tied or not."""

@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from jaxmodels.core import blocks, hooks, layers, patches, stack
 
@@ -90,7 +91,7 @@ class VitConfig:
 
     def make_layer(self, cls: type[nn.Module] = blocks.TransformerLayer, **kwargs: Any) -> Any:
         """Returns one unbound layer of these sizes, of class `cls`."""
-        inits = {}  # the layer's own: normal 0.02
+        inits = FrozenDict()  # the layer's own: normal 0.02
         if self.initialization == "clip":
             inits = clip_inits(self.d_model, self.num_layers)
         return cls(
@@ -119,7 +120,7 @@ class VitConfig:
         """Returns the embedding module of these sizes."""
         inits = {}
         if self.initialization == "clip":
-            normal = nn.initializers.normal(self.d_model**-0.5)
+            normal = layers.normal(self.d_model**-0.5)
             inits = {"patch_init": CONVOLUTION_INIT, "class_init": normal, "position_init": normal}
         return patches.PatchEmbeddings(
             image_size=self.image_size,
@@ -137,13 +138,13 @@ class VitConfig:
 CONVOLUTION_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def clip_inits(d_model: int, num_layers: int) -> dict[str, layers.Initializer]:
+def clip_inits(d_model: int, num_layers: int) -> FrozenDict[str, layers.Initializer]:
     """Returns CLIP's initialisers of a layer's kernels: W^-1/2, less where branches add up."""
-    inner = nn.initializers.normal(d_model**-0.5)
-    outer = nn.initializers.normal(d_model**-0.5 * (2 * num_layers) ** -0.5)
-    wide = nn.initializers.normal((2 * d_model) ** -0.5)
+    inner = layers.normal(d_model**-0.5)
+    outer = layers.normal(d_model**-0.5 * (2 * num_layers) ** -0.5)
+    wide = layers.normal((2 * d_model) ** -0.5)
     attention = dict.fromkeys(("query", "key", "value"), inner)
-    return attention | {"out": outer, "wi": wide, "wo": outer}
+    return FrozenDict(attention, out=outer, wi=wide, wo=outer)
 
 
 def check_sizes(config: Any, *fields: str) -> None:
@@ -216,7 +217,7 @@ class VitModel(nn.Module):
         if config.pooler:
             self.pooler = layers.Dense(config.d_model, dtype=config.dtype)
         if config.projection_dim:
-            init = nn.initializers.normal(config.d_model**-0.5)
+            init = layers.normal(config.d_model**-0.5)
             self.projection = layers.Dense(
                 config.projection_dim, use_bias=False, dtype=config.dtype, kernel_init=init
             )

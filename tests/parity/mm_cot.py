@@ -71,12 +71,13 @@ def forward(model: t5.T5, params: Any, rules: Any, given: dict[str, np.ndarray])
 
 def encode(model: t5.T5, params: Any, ids: Any, mask: Any) -> jax.Array:
     """The encoder's output after its final norm."""
-    return model.apply({"params": params}, ids, mask, method="encode")
+    return jax.jit(functools.partial(model.apply, method="encode"))({"params": params}, ids, mask)
 
 
 def decode(model: t5.T5, params: Any, inputs: Any, encoded: Any, mask: Any) -> jax.Array:
     """The decoder's output after its final norm."""
-    return model.apply({"params": params}, inputs, encoded, mask, method="decode")
+    run = jax.jit(functools.partial(model.apply, method="decode"))
+    return run({"params": params}, inputs, encoded, mask)
 
 
 def first_attentions(
@@ -128,10 +129,8 @@ def _after_attention(layer: Any, x: jax.Array, bias: jax.Array) -> jax.Array:
 def cached(model: t5.T5, params: Any, given: dict[str, np.ndarray], tokens: jax.Array) -> Computed:
     """The logits of single steps over a cache, and the caches of layer 0 afterwards."""
     variables, length = {"params": params}, tokens.shape[1]
-    started = model.apply(
-        variables, *(given["input_ids"], given["attention_mask"]),
-        max_new_tokens=length, method="start",
-    )  # fmt: skip
+    start = functools.partial(model.apply, max_new_tokens=length, method="start")
+    started = jax.jit(start)(variables, given["input_ids"], given["attention_mask"])
     step = jax.jit(functools.partial(model.apply, method="step"))
     logits, cache = [started.logits], started.cache
     for t in range(1, length):

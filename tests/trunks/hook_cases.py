@@ -1,6 +1,7 @@
-"""Small hooks as methods have them, for the tests of trunks: weight delta, prefix, adapter."""
+"""For the tests of trunks: small hooks as methods have them, and decoding step by step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,3 +68,14 @@ class Bottleneck(hooks.Hooks):
             return x + y
         kernel = self.param("kernel", nn.initializers.normal(0.3), (x.shape[-1],) * 2)
         return x + y + y @ kernel
+
+
+def replayed(model: nn.Module, variables: Any, first: Any, tokens: jax.Array) -> jax.Array:
+    """Logits [B, 1 + T, vocab]: those of `first`, from `start`, then of each of tokens [B, T]."""
+
+    def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        logits, cache = model.apply(variables, token, cache, first.fixed, method="step")
+        return cache, logits
+
+    _, rest = jax.lax.scan(step, first.cache, tokens.T)
+    return jnp.concatenate([first.logits[:, None], rest.swapaxes(0, 1)], axis=1)

@@ -41,11 +41,7 @@ def started(config: bart.BartConfig, size: float = 0.3) -> tuple[Any, Any]:
 def replayed(model: Any, params: Any, ids: Any, mask: Any, output: Any) -> jax.Array:
     """Logits of start token and `output`, one step at a time."""
     first = model.apply(params, ids, mask, max_new_tokens=output.shape[1] + 1, method="start")
-    found, cache = [first.logits], first.cache
-    for t in range(output.shape[1]):
-        logits, cache = model.apply(params, output[:, t], cache, first.fixed, method="step")
-        found.append(logits)
-    return jnp.stack(found, axis=1)
+    return hook_cases.replayed(model, params, first, output)
 
 
 def teacher_forced(model: Any, params: Any, mask: Any = MASK) -> jax.Array:
@@ -76,17 +72,18 @@ def test_padding_of_input_and_output_changes_no_real_token() -> None:
 
 def test_defaults_are_a_start_token_and_all_ones() -> None:
     model, params = started(TINY)
-    given = (jnp.ones_like(IDS), jnp.full((2, 1), 2))
-    expected = model.apply(params, IDS, *given)
-    chex.assert_trees_all_close(model.apply(params, IDS), expected, rtol=1e-5, atol=1e-5)
+    given, run = (jnp.ones_like(IDS), jnp.full((2, 1), 2)), jax.jit(model.apply)
+    expected = run(params, IDS, *given)
+    chex.assert_trees_all_close(run(params, IDS), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_soft_prompts_go_in_front_of_embedded_ids() -> None:
     for config in KINDS.values():
         model, params = started(config)
+        encode = jax.jit(functools.partial(model.apply, method="encode"))
         words = model.apply(params, IDS, method="embed")
-        found = model.apply(params, inputs_embeds=words, attention_mask=MASK, method="encode")
-        expected = model.apply(params, IDS, MASK, method="encode")
+        found = encode(params, inputs_embeds=words, attention_mask=MASK)
+        expected = encode(params, IDS, MASK)
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model.apply(params, IDS, inputs_embeds=words, method="encode")
@@ -133,7 +130,7 @@ def test_an_adapter_joins_before_the_norm_and_a_prefix_reaches_both_attentions()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     made = params["params"]["decoder"]["hooks_2"]
     assert set(made) == {"attention", "cross_attention"}
-    grads = jax.grad(lambda p: jnp.square(teacher_forced(model, p)).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(teacher_forced(model, p)).sum()))(params)
     for leaf in jax.tree.leaves(grads["params"]["decoder"]["hooks_2"]):
         assert float(jnp.abs(leaf).max()) > 1e-3
     steps = replayed(model, params, IDS, MASK, OUTPUT)

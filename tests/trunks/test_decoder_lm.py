@@ -36,6 +36,11 @@ def started(config: decoder_lm.DecoderConfig, size: float = 0.3) -> tuple[Any, A
     return model, small.drawn(model.init, IDS, size=size, spread=True)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "max_new_tokens"))
+def run(model: Any, params: Any, *args: Any, **more: Any) -> Any:
+    return model.apply(params, *args, **more)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def replayed(
     model: Any, prompt: int, params: Any, ids: Any, mask: Any, **more: Any
@@ -43,17 +48,13 @@ def replayed(
     """Logits of the places prompt-1 ... of `ids`, the first from `start`, the rest by `step`."""
     given = {"max_new_tokens": ids.shape[1] - prompt + 1, "method": "start"}
     first = model.apply(params, ids[:, :prompt], mask[:, :prompt], **given, **more)
-    found, cache = [first.logits], first.cache
-    for t in range(prompt, ids.shape[1]):
-        logits, cache = model.apply(params, ids[:, t], cache, first.fixed, method="step")
-        found.append(logits)
-    return jnp.stack(found, axis=1), first
+    return hook_cases.replayed(model, params, first, ids[:, prompt:]), first
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_steps_after_a_left_padded_prompt_are_the_full_forward(kind: str) -> None:
     model, params = started(KINDS[kind])
-    full = jax.jit(model.apply)(params, IDS, MASK)
+    full = run(model, params, IDS, MASK)
     found, first = replayed(model, 6, params, IDS, MASK)
     np.testing.assert_allclose(found, full[:, 5:], rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_equal(first.prompt, IDS[:, :6])
@@ -65,11 +66,10 @@ def test_cached_steps_after_a_left_padded_prompt_are_the_full_forward(kind: str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_on_either_side_changes_no_real_token(kind: str) -> None:
     model, params = started(KINDS[kind])
-    run = jax.jit(model.apply)
-    alone = run(params, IDS[1:, 4:])[0]
-    left = run(params, IDS, MASK)[1, 4:]
+    alone = run(model, params, IDS[1:, 4:])[0]
+    left = run(model, params, IDS, MASK)[1, 4:]
     right = jnp.pad(IDS[1:, 4:], ((0, 0), (0, 4)))
-    right = run(params, right, MASK[1:, ::-1])[0, :5]
+    right = run(model, params, right, MASK[1:, ::-1])[0, :5]
     np.testing.assert_allclose(left, alone, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(right, alone, rtol=1e-4, atol=1e-4)
 
@@ -90,27 +90,27 @@ def test_beams_read_the_masks_and_positions_of_their_example() -> None:
 def test_soft_prompts_go_in_front_of_embedded_ids() -> None:
     model, params = started(GPT2)
     soft = jax.random.normal(jax.random.key(1), (2, 3, 16))
-    words = model.apply(params, IDS, method="embed")
+    words = run(model, params, IDS, method="embed")
     embeds, mask = jnp.concatenate([soft, words], 1), jnp.pad(MASK, ((0, 0), (3, 0)))
     mask = mask.at[:, :3].set(1)
-    full = model.apply(params, inputs_embeds=embeds, attention_mask=mask)
-    first = model.apply(
-        params, IDS[:, :8], mask[:, :-1], max_new_tokens=2, inputs_embeds=embeds[:, :-1],
+    full = run(model, params, inputs_embeds=embeds, attention_mask=mask)
+    first = run(
+        model, params, IDS[:, :8], mask[:, :-1], max_new_tokens=2, inputs_embeds=embeds[:, :-1],
         method="start",
     )  # fmt: skip
     np.testing.assert_allclose(first.logits, full[:, -2], rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_equal(first.prompt_mask, MASK[:, :8])
-    found, _ = model.apply(params, IDS[:, 8], first.cache, first.fixed, method="step")
+    found, _ = run(model, params, IDS[:, 8], first.cache, first.fixed, method="step")
     np.testing.assert_allclose(found, full[:, -1], rtol=1e-4, atol=1e-4)
-    plain = model.apply(params, inputs_embeds=words, attention_mask=MASK)
-    chex.assert_trees_all_close(plain, model.apply(params, IDS, MASK), atol=1e-5)
+    plain = run(model, params, inputs_embeds=words, attention_mask=MASK)
+    chex.assert_trees_all_close(plain, run(model, params, IDS, MASK), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_log_probabilities_of_the_tokens_that_follow(kind: str, chunk: int) -> None:
     model, params = started(KINDS[kind])
-    logits = np.asarray(model.apply(params, IDS, MASK), np.float64)
+    logits = np.asarray(run(model, params, IDS, MASK), np.float64)
     score = jax.jit(functools.partial(model.apply, chunk=chunk, method="score"))
     found, top = score(params, IDS, MASK)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -124,9 +124,9 @@ def test_scores_are_log_probabilities_of_the_tokens_that_follow(kind: str, chunk
 
 def test_the_greedy_continuation_is_scored_as_the_most_probable() -> None:
     model, params = started(GPT2)
-    following = model.apply(params, IDS).argmax(-1)
+    following = run(model, params, IDS).argmax(-1)
     _, top = decoder_lm.token_log_probs(
-        model.apply(params, IDS, method="decode"),
+        run(model, params, IDS, method="decode"),
         model.bind(params).head_kernel(),
         following.at[0, 2].set(-100),
     )

@@ -35,6 +35,7 @@ def started(config: t5.T5Config) -> tuple[t5.T5, Any]:
     return model, small.drawn(model.init, IDS, size=0.3, spread=True)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="deterministic")
 def logits(model: t5.T5, variables: Any, **more: Any) -> jax.Array:
     return model.apply(variables, IDS, MASK, t5.shift_right(TARGETS), **more)
 
@@ -63,7 +64,7 @@ def test_a_saved_hugging_face_model_gives_the_same_logits_and_tokens(kind, tmp_p
     expected = hugging_face.run(
         model, input_ids=IDS, attention_mask=MASK, decoder_input_ids=t5.shift_right(TARGETS)
     )
-    found = jax.jit(functools.partial(logits, ours))(variables)
+    found = logits(ours, variables)
     np.testing.assert_allclose(found, expected.logits, rtol=1e-4, atol=1e-4)
     options = {"max_new_tokens": 6, "num_beams": 3, "pad_token_id": 0, "eos_token_id": 1}
     tokens = hugging_face.generate(model, IDS, MASK, **options)
@@ -80,24 +81,22 @@ def test_cached_steps_are_the_whole_decoder(kind: str) -> None:
     @jax.jit
     def replay(variables: Any) -> jax.Array:
         begun = model.apply(variables, IDS, MASK, max_new_tokens=5, method="start")
-        found, cache = [begun.logits], begun.cache
-        for t in range(1, 5):
-            one, cache = model.apply(variables, inputs[:, t], cache, begun.fixed, method="step")
-            found.append(one)
-        return jnp.stack(found, axis=1)
+        return hook_cases.replayed(model, variables, begun, inputs[:, 1:])
 
-    whole = jax.jit(functools.partial(logits, model))(variables)
+    whole = logits(model, variables)
     np.testing.assert_allclose(replay(variables), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_reads_one_encoder_output_for_all_beams_of_an_example() -> None:
     model, variables = started(V10)
-    begun = model.apply(variables, IDS, MASK, max_new_tokens=3, method="start")
+    start = jax.jit(functools.partial(model.apply, method="start", max_new_tokens=3))
+    step = jax.jit(functools.partial(model.apply, method="step"))
+    begun = start(variables, IDS, MASK)
     tokens = jnp.asarray([4, 5, 6, 7])  # two beams of each of two examples
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0) if x.ndim else x, begun.cache)
-    both, _ = model.apply(variables, tokens, repeated, begun.fixed, method="step")
+    both, _ = step(variables, tokens, repeated, begun.fixed)
     for beam in range(2):
-        one, _ = model.apply(variables, tokens[beam::2], begun.cache, begun.fixed, method="step")
+        one, _ = step(variables, tokens[beam::2], begun.cache, begun.fixed)
         np.testing.assert_allclose(both[beam::2], one, rtol=1e-5, atol=1e-5)
 
 
@@ -112,7 +111,7 @@ def test_padding_of_the_input_changes_nothing() -> None:
 def test_soft_prompts_go_in_as_embeddings() -> None:
     model, variables = started(V10)
     embedded = model.apply(variables, IDS, method="embed")
-    encode = functools.partial(model.apply, variables, method="encode")
+    encode = jax.jit(functools.partial(model.apply, variables, method="encode"))
     chex.assert_trees_all_equal(encode(IDS, MASK), encode(None, MASK, inputs_embeds=embedded))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         encode(IDS, MASK, inputs_embeds=embedded)
@@ -143,11 +142,14 @@ def test_a_prefix_is_seen_by_training_and_by_cached_steps_alike() -> None:
     groups = (hooks.LayerHooks(hook_cases.Prefix(length=2)),)
     model, variables = started(dataclasses.replace(V11, decoder_hooks=groups))
     inputs = t5.shift_right(TARGETS)
-    begun = model.apply(variables, IDS, MASK, max_new_tokens=3, method="start")
-    one, _ = model.apply(variables, inputs[:, 1], begun.cache, begun.fixed, method="step")
+
+    @jax.jit
+    def replay(variables: Any) -> jax.Array:
+        begun = model.apply(variables, IDS, MASK, max_new_tokens=3, method="start")
+        return hook_cases.replayed(model, variables, begun, inputs[:, 1:2])
+
     whole = logits(model, variables)
-    np.testing.assert_allclose(begun.logits, whole[:, 0], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(one, whole[:, 1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(replay(variables), whole[:, :2], rtol=1e-4, atol=1e-4)
 
 
 class OtherFeedForward(hooks.Hooks):
@@ -163,8 +165,9 @@ class OtherFeedForward(hooks.Hooks):
 def test_another_feed_forward_takes_the_place_of_the_trunks_and_reports_by_layer() -> None:
     group = hooks.LayerHooks(OtherFeedForward(), stop=1)
     model, variables = started(dataclasses.replace(V10, encoder_hooks=(group,)))
-    apply = functools.partial(model.apply, variables, IDS, MASK, method="encode")
-    found, sown = apply(mutable=["intermediates"])
+    encode = functools.partial(model.apply, method="encode", mutable=["intermediates"])
+    apply = jax.jit(encode)
+    found, sown = apply(variables, IDS, MASK)
     (means,) = sown["intermediates"]["encoder"]["hooks_0"]["hooks"]["mean"]
     assert means.shape == (1,)
     params = jax.tree.map(jnp.asarray, variables["params"])
@@ -172,7 +175,7 @@ def test_another_feed_forward_takes_the_place_of_the_trunks_and_reports_by_layer
     params["encoder"]["layers"]["ffn"]["wo"]["kernel"] = (
         params["encoder"]["layers"]["ffn"]["wo"]["kernel"].at[1:].divide(100.0)
     )
-    again = model.apply({"params": params}, IDS, MASK, method="encode")
+    again, _ = apply({"params": params}, IDS, MASK)
     np.testing.assert_allclose(again, found, rtol=1e-5, atol=1e-5)
 
 
