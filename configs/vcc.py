@@ -27,6 +27,39 @@ from configs.fields import (
 
 KINDS = ("local", "vcc", "dense")
 
+# How the encoder compresses, whatever the trunk.
+VCC_FIELDS = {
+    "model.encoder": Field("vcc", "kind of the layers after the local ones", choices=KINDS),
+    "model.num_local_layers": Field(4, "first layers, on independent segments", non_negative),
+    "model.layer_kinds": Field(
+        (),
+        "kind of every layer; empty: local ones, then `encoder`",
+        each(one_of(*KINDS)),
+        items=str,
+    ),
+    "model.segment_length": Field(512, "g, tokens a local segment", positive),
+    "model.num_vip": Field(320, "p, VIP slots", positive),
+    "model.block_size": Field(16, "b, tokens a block", positive),
+    "model.num_fine_blocks": Field(44, "k, blocks opened a layer", non_negative),
+    "model.selector": Field("attention", "how blocks are chosen", choices=("attention", "random")),
+    "model.explore_prob": Field(0.1, "chance of a random choice while training", fraction),
+    "model.scale_correction": Field(True, "coarse keys count log(block size) more"),
+    "model.exact_counts": Field(
+        False, "a partly padded block counts its real tokens (the official code: b)"
+    ),
+    "model.vote_average": Field(
+        "slots",
+        "what a block's votes are divided by: all slots (official), or the VIP tokens there are",
+        choices=("slots", "vips"),
+    ),
+    "model.layout": Field(
+        "static", "keep all coarse rows, or gather", choices=("static", "gather")
+    ),
+    "model.overflow": Field(
+        "error", "more VIP tokens than slots", choices=("error", "warn", "demote")
+    ),
+}
+
 MODEL_FIELDS = {
     "model.vocab_size": Field(50265, "rows of the word table", positive),
     "model.d_model": Field(768, "width of the residual stream", positive),
@@ -48,27 +81,6 @@ MODEL_FIELDS = {
         "auto", "attention implementation", choices=("auto", "xla", "chunked", "cudnn")
     ),
     "model.dtype": Field("float32", "of matrix products", choices=("float32", "bfloat16")),
-    "model.encoder": Field("vcc", "kind of the layers after the local ones", choices=KINDS),
-    "model.num_local_layers": Field(4, "first layers, on independent segments", non_negative),
-    "model.layer_kinds": Field(
-        (),
-        "kind of every layer; empty: local ones, then `encoder`",
-        each(one_of(*KINDS)),
-        items=str,
-    ),
-    "model.segment_length": Field(512, "g, tokens a local segment", positive),
-    "model.num_vip": Field(320, "p, VIP slots", positive),
-    "model.block_size": Field(16, "b, tokens a block", positive),
-    "model.num_fine_blocks": Field(44, "k, blocks opened a layer", non_negative),
-    "model.selector": Field("attention", "how blocks are chosen", choices=("attention", "random")),
-    "model.explore_prob": Field(0.1, "chance of a random choice while training", fraction),
-    "model.scale_correction": Field(True, "coarse keys count log(block size) more"),
-    "model.layout": Field(
-        "static", "keep all coarse rows, or gather", choices=("static", "gather")
-    ),
-    "model.overflow": Field(
-        "error", "more VIP tokens than slots", choices=("error", "warn", "demote")
-    ),
     "model.positions": Field(
         "text",
         "position ids run through the text, or restart in every local segment",
@@ -77,11 +89,7 @@ MODEL_FIELDS = {
     "model.init": Field("normal", "start of the parameters", choices=("normal", "copying")),
 }
 
-DATA_FIELDS = {
-    "data.name": Field("text_lines", "data set", choices=("text_lines", "pydoc_facts")),
-    "data.seed": Field(0, "seed of made documents", non_negative),
-    "data.length": Field(4096, "tokens a sequence", at_least(32)),
-    # pydoc_facts
+FACTS_FIELDS = {
     "data.questions": Field(1, "pydoc_facts: questions a document", at_least(1)),
     "data.fact_groups": Field(8, "pydoc_facts: groups of four facts", at_least(1)),
     "data.slot": Field(32, "pydoc_facts: tokens a group is planted within", at_least(28)),
@@ -91,6 +99,12 @@ DATA_FIELDS = {
     "data.curriculum_groups": Field((), "their groups of facts", each(positive), items=int),
     "data.curriculum_batches": Field((), "their batch sizes", each(positive), items=int),
     "data.curriculum_steps": Field((), "their steps", each(positive), items=int),
+}
+
+DATA_FIELDS = FACTS_FIELDS | {
+    "data.name": Field("text_lines", "data set", choices=("text_lines", "pydoc_facts")),
+    "data.seed": Field(0, "seed of made documents", non_negative),
+    "data.length": Field(4096, "tokens a sequence", at_least(32)),
     # text_lines
     "data.files": Field((), "text_lines: files or globs to train on", items=str),
     "data.validation_files": Field((), "text_lines: files or globs to evaluate on", items=str),
@@ -106,7 +120,7 @@ DATA_FIELDS = {
     "data.num_masked": Field(320, "text_lines: tokens predicted a sequence", positive),
 }
 
-FIELDS = COMMON | MODEL_FIELDS | DATA_FIELDS
+FIELDS = COMMON | MODEL_FIELDS | VCC_FIELDS | DATA_FIELDS
 
 _ADAMW = {
     "method": "vcc",

@@ -57,7 +57,8 @@ class Generator:
         Raises:
           ValueError: inputs that do not fit together, or sampling without `rng`.
         """
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        given = (params, input_ids, attention_mask, rng, inputs)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
             # Part of somebody's program, who compiles it as they please.
             return self._run(params, None, input_ids, attention_mask, rng, inputs)
         if getattr(self.model, "left_padded", False):

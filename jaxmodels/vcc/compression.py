@@ -5,6 +5,8 @@ d width. Everything here is pure, without parameters, and linear in the states, 
 gradient needs indices and masks only and never saves the bank of differences.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -33,6 +35,21 @@ class State:
 
 
 @struct.dataclass
+class Positions:
+    """Where in the text the rows stand, int32; relative position biases need it.
+
+    Attributes:
+      vip: [B, p].
+      fine: [B, m, b], of the tokens in blocks.
+      coarse: [B, m], of whole blocks.
+    """
+
+    vip: jax.Array
+    fine: jax.Array
+    coarse: jax.Array
+
+
+@struct.dataclass
 class Layout:
     """What stays the same in every VCC layer.
 
@@ -41,12 +58,14 @@ class Layout:
       vip_mask: [B, p] float32, 1 on real tokens in VIP slots.
       importance: [B, p] float32, 1 on slots that hold VIP tokens and vote.
       mask: M [B, m, b] float32, 1 on real tokens in blocks.
+      positions: of all rows, or None.
     """
 
     order: jax.Array
     vip_mask: jax.Array
     importance: jax.Array
     mask: jax.Array
+    positions: Positions | None = None
 
     @property
     def block_mask(self) -> jax.Array:
@@ -121,7 +140,12 @@ def sort_by_importance(vip_mask: jax.Array) -> jax.Array:
 
 
 def enter(
-    x: jax.Array, mask: jax.Array, vip_mask: jax.Array, num_vip: int, block_size: int
+    x: jax.Array,
+    mask: jax.Array,
+    vip_mask: jax.Array,
+    num_vip: int,
+    block_size: int,
+    positions: jax.Array | None = None,
 ) -> tuple[State, Layout]:
     """Compresses a sequence (section 3.2).
 
@@ -134,6 +158,7 @@ def enter(
       vip_mask: [B, n], 1 on VIP tokens.
       num_vip: p.
       block_size: b.
+      positions: [B, n] int, where the tokens stand; only models with relative positions need it.
 
     Returns:
       the state, and the layout that `leave` and the layers need.
@@ -159,6 +184,11 @@ def enter(
         importance=importance[:, :num_vip],
         mask=row_mask[:, num_vip:].reshape(batch, blocks, block_size),
     )
+    if positions is not None:
+        placed = jnp.take_along_axis(positions.astype(jnp.int32), order, axis=1)
+        within = placed[:, num_vip:].reshape(batch, blocks, block_size)
+        placed = Positions(placed[:, :num_vip], within, block_positions(within))
+        layout = layout.replace(positions=placed)
     fine = rows[:, num_vip:].reshape(batch, blocks, block_size, d)
     coarse, difference = compress(fine, layout.mask)
     return State(rows[:, :num_vip], coarse, difference), layout
@@ -185,6 +215,7 @@ def select(
     order_by: jax.Array | None = None,
     explored: jax.Array | None = None,
     straight_through: bool = True,
+    vote_average: str = "slots",
 ) -> Selection:
     """Chooses the blocks to open (section 3.4a).
 
@@ -195,12 +226,16 @@ def select(
       order_by: [B, m] scores that replace s in the ordering (random selection, exploration).
       explored: [B] bool, where `order_by` counts; everywhere if None.
       straight_through: the gates carry gradient into softmax(s); random selection has none.
+      vote_average: a block's votes are divided by p ("slots"), or by the VIPs there are ("vips").
 
     Returns:
       the selection; ties go to the lowest block index.
     """
     voted = jnp.einsum("bp,bpm->bm", layout.importance, weights.mean(axis=1))
-    scores = jnp.log(voted / weights.shape[2] + SLOT_EPS)
+    voters: Any = weights.shape[2]
+    if vote_average == "vips":
+        voters = jnp.maximum(layout.importance.sum(axis=-1, keepdims=True), 1.0)
+    scores = jnp.log(voted / voters + SLOT_EPS)
     ordering = jax.lax.stop_gradient(scores)
     if order_by is not None:
         where = True if explored is None else explored[:, None]
@@ -235,15 +270,23 @@ class Rows:
       x: X [B, r, d].
       gate: sigma [B, r].
       bias: [B, r] float32, added to the scores of each row as a key.
+      positions: [B, r] int32, or None where the layout has none.
     """
 
     x: jax.Array
     gate: jax.Array
     bias: jax.Array
+    positions: jax.Array | None = None
 
 
 def gather_rows(
-    state: State, layout: Layout, chosen: Selection, *, scale_correction: bool, keep_all: bool
+    state: State,
+    layout: Layout,
+    chosen: Selection,
+    *,
+    scale_correction: bool,
+    keep_all: bool,
+    exact_counts: bool = False,
 ) -> Rows:
     """Builds the rows of a layer (section 3.4b, c).
 
@@ -252,6 +295,7 @@ def gather_rows(
       layout: of the sequence.
       chosen: the blocks to open.
       scale_correction: coarse keys count log(b) more.
+      exact_counts: of a partly padded block, log(its real tokens) in place of log(b).
       keep_all: keep all m coarse rows and mask the opened ones (static layout), instead of
         dropping them.
 
@@ -271,14 +315,31 @@ def gather_rows(
     mask = jnp.concatenate([fine_mask, coarse_mask, layout.vip_mask], axis=1)
     bias = MASK_BIAS * (1.0 - mask) + jnp.log(gate + GATE_EPS)
     first, last = k * size, k * size + coarse.shape[1]
-    if scale_correction:
+    if scale_correction and exact_counts:
+        counts = layout.mask.sum(axis=-1)
+        counts = counts if keep_all or not k else take_rows(counts, chosen.rest)
+        tokens = jnp.ones_like(bias).at[:, first:last].set(counts)
+        bias = bias + jnp.log(tokens + GATE_EPS)
+    elif scale_correction:
         tokens = jnp.ones((gate.shape[1],)).at[first:last].set(size)
         bias = bias + jnp.log(tokens + GATE_EPS)
     if keep_all and k:
         opened = jnp.full(chosen.fine.shape, REPLACED_BIAS)
         bias = bias.at[:, first:last].set(set_rows(bias[:, first:last], chosen.fine, opened))
     x = jnp.concatenate([fine.reshape(batch, k * size, d), coarse, state.vip], axis=1)
-    return Rows(x, gate, bias)
+    return Rows(x, gate, bias, _row_positions(layout, chosen, keep_all))
+
+
+def _row_positions(layout: Layout, chosen: Selection, keep_all: bool) -> jax.Array | None:
+    """Positions [B, r] of the rows of a layer, in the order of `Rows`."""
+    places = layout.positions
+    if places is None:
+        return None
+    fine = take_rows(places.fine, chosen.fine)
+    fine = fine.reshape(len(fine), -1)
+    drop = not keep_all and chosen.fine.shape[1]
+    coarse = take_rows(places.coarse, chosen.rest) if drop else places.coarse
+    return jnp.concatenate([fine, coarse, places.vip], axis=1)
 
 
 def scatter_rows(state: State, layout: Layout, chosen: Selection, y: jax.Array) -> State:

@@ -1,188 +1,38 @@
-"""The VCC transformer layer and the stack that mixes it with local and dense layers (section 3).
+"""The stack of layers: local segments, VCC layers and dense layers over one tree of parameters."""
 
-A VCC layer has exactly the parameters of the pre-norm transformer layer: any pre-norm checkpoint
-loads, and one stack of parameters runs dense, in local segments, or compressed.
-"""
-
-import dataclasses
 import itertools
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxmodels.core import attention, blocks, layers, partitioning
-from jaxmodels.trunks import bert
+from jaxmodels.core import attention, blocks, layers
+from jaxmodels.core.relative_bias import RelativeBias
+from jaxmodels.core.stack import run_layers
 from jaxmodels.vcc import compression
+from jaxmodels.vcc.config import VccConfig
+from jaxmodels.vcc.layer import RelativePositions, VccLayer, run_vcc_layer
 
 _log = logging.getLogger(__name__)
 
-KINDS = ("local", "vcc", "dense")
-SELECTORS = ("attention", "random")
-LAYOUTS = ("static", "gather")
-OVERFLOWS = ("error", "warn", "demote")
 
-
-@dataclasses.dataclass(frozen=True)
-class VccConfig:
-    """How a stack of layers compresses.
+class Trunk(Protocol):
+    """What the stack asks of a trunk's sizes; `bert.BertConfig` and `t5.T5Config` have it.
 
     Attributes:
-      kinds: one of "local", "vcc", "dense" a layer.
-      num_vip: p, VIP slots.
-      block_size: b, tokens a block.
-      num_fine_blocks: k, blocks opened a layer; more than there are is all of them.
-      segment_length: g, tokens a local segment.
-      selector: "attention" (the layer's own) or "random".
-      explore_prob: chance, a training example and layer, of a random order instead.
-      scale_correction: coarse keys count log(b) more, for the b tokens they stand for.
-      straight_through: selection learns through the gates (False only for ablation).
-      layout: "static" keeps all m coarse rows and masks the opened ones; "gather" drops them
-        (exact r = p + k b + m - k rows). The numbers are the same.
-      overflow: what `inputs.check_inputs` does with more VIPs than slots.
-
-    Raises:
-      ValueError: a setting out of its range.
+      d_model: width of the residual stream.
+      norm_eps: of the norms.
+      remat: remat policy of the layers.
     """
 
-    kinds: tuple[str, ...]
-    num_vip: int = 320
-    block_size: int = 16
-    num_fine_blocks: int = 44
-    segment_length: int = 512
-    selector: str = "attention"
-    explore_prob: float = 0.1
-    scale_correction: bool = True
-    straight_through: bool = True
-    layout: str = "static"
-    overflow: str = "error"
+    d_model: int
+    norm_eps: float
+    remat: str
 
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            _one_of("kinds", kind, KINDS)
-        _one_of("selector", self.selector, SELECTORS)
-        _one_of("layout", self.layout, LAYOUTS)
-        _one_of("overflow", self.overflow, OVERFLOWS)
-        smallest = {"num_vip": 1, "block_size": 1, "num_fine_blocks": 0, "segment_length": 1}
-        for name, least in smallest.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least {least}.")
-        if not 0.0 <= self.explore_prob <= 1.0:
-            raise ValueError(f"model.explore_prob={self.explore_prob}: must be within [0, 1].")
-
-    def compressed_length(self, n: int) -> int:
-        """Returns r = p + k b + (m - k), the rows a VCC layer runs on for `n` tokens."""
-        m = (compression.padded_length(n, self.num_vip, self.block_size) - self.num_vip) // (
-            self.block_size
-        )
-        k = min(self.num_fine_blocks, m)
-        return self.num_vip + k * self.block_size + m - k
-
-
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"model.{name}={value!r}: use one of {', '.join(accepted)}.")
-
-
-def layer_kinds(num_local: int, num_vcc: int) -> tuple[str, ...]:
-    """Returns the published arrangement: local layers first, VCC layers after them."""
-    return ("local",) * num_local + ("vcc",) * num_vcc
-
-
-class VccLayer(blocks.TransformerLayer):
-    """The parts of a VCC layer that have parameters (section 3.4a and d); see `run_vcc_layer`.
-
-    Attributes:
-      vcc: how to compress.
-    """
-
-    vcc: VccConfig | None = None
-
-    def choose(
-        self,
-        state: compression.State,
-        layout: compression.Layout,
-        rng: jax.Array | None = None,
-        explore: bool = False,
-    ) -> compression.Selection:
-        """Selects the blocks to open with this layer's own norm, queries and keys (3.4a).
-
-        Args:
-          state: before the layer.
-          layout: of the sequence.
-          rng: for exploration and random selection.
-          explore: open random blocks in a share `explore_prob` of the examples.
-        """
-        vcc = self.vcc
-        num_fine = min(vcc.num_fine_blocks, state.coarse.shape[1])
-        query = self.attention.queries(self.attention_norm(state.vip))
-        key = self.attention.keys(self.attention_norm(state.coarse))
-        bias = attention.key_mask_bias(layout.block_mask)[:, None, None, :]
-        weights = attention.attention_weights(query, key, bias)
-        order, explored, learn = None, None, vcc.straight_through
-        if vcc.selector == "random":
-            rng = jax.random.key(0) if rng is None else rng
-            order, learn = compression.random_order(rng, layout.block_mask), False
-        elif explore and vcc.explore_prob > 0:
-            coin, noise = jax.random.split(rng)
-            explored = jax.random.bernoulli(coin, vcc.explore_prob, weights.shape[:1])
-            order = jax.random.uniform(noise, layout.block_mask.shape)
-        return compression.select(
-            weights, layout, num_fine, order_by=order, explored=explored, straight_through=learn
-        )
-
-    def encode(self, rows: compression.Rows, deterministic: bool = True) -> jax.Array:
-        """Runs both branches on the r rows (3.4d): Y = (f + a) * sigma + X, [B, r, d] float32."""
-        x, bias = rows.x, rows.bias[:, None, None, :]
-        mixed = self.attention(self.attention_norm(x), bias, deterministic=deterministic)
-        mixed = self.drop(mixed, deterministic)
-        out = self.drop(self.ffn(self.ffn_norm(mixed + x)), deterministic)
-        return (out + mixed) * rows.gate[..., None] + x
-
-
-def run_vcc_layer(
-    layer: VccLayer,
-    params: Any,
-    state: compression.State,
-    layout: compression.Layout,
-    rng: jax.Array | None = None,
-    policy: str = "none",
-) -> tuple[compression.State, compression.Selection]:
-    """Runs one VCC layer: select, refine, encode, write back (section 3.4).
-
-    Args:
-      layer: unbound module.
-      params: its parameters.
-      state: P, C, D.
-      layout: of the sequence.
-      rng: for dropout and exploration while training; None runs deterministically.
-      policy: remat policy of `encode` alone: selection, refine and write-back are linear in the
-        bank of differences and save only indices, while recomputing them would save the bank.
-
-    Returns:
-      the state after the layer, and which blocks it opened.
-    """
-    deterministic = rng is None
-    pick, drop = (None, None) if deterministic else jax.random.split(rng)
-    variables = {"params": params}
-    chosen = layer.apply(variables, state, layout, pick, not deterministic, method="choose")
-    rows = compression.gather_rows(
-        state,
-        layout,
-        chosen,
-        scale_correction=layer.vcc.scale_correction,
-        keep_all=layer.vcc.layout == "static",
-    )
-
-    def encode(variables: Any, rows: compression.Rows, key: jax.Array | None) -> jax.Array:
-        rngs = None if key is None else {"dropout": key}
-        return layer.apply(variables, rows, deterministic, rngs=rngs, method="encode")
-
-    rows = rows.replace(x=partitioning.constrain_batch(rows.x))
-    y = blocks.remat(encode, policy)(variables, rows, drop)
-    return compression.scatter_rows(state, layout, chosen, y), chosen
+    def make_layer(self, *, cls: type[blocks.TransformerLayer] = ..., **changes: Any) -> Any:
+        """Returns one unbound layer of class `cls`, with fields changed or added."""
 
 
 def pad_length(x: jax.Array, length: int, axis: int = 1) -> jax.Array:
@@ -195,13 +45,24 @@ def pad_length(x: jax.Array, length: int, axis: int = 1) -> jax.Array:
 class VccEncoder(nn.Module):
     """The stack: local segments, VCC layers, dense layers, in any order, and the final norm.
 
+    Parameters are those of the trunk's own stack: `layers`, `final_norm` and, with a position
+    bias, `relative_bias`.
+
     Attributes:
-      trunk: sizes; pre-norm.
+      trunk: sizes of a pre-norm trunk.
       vcc: how to compress, and the kind of every layer.
+      bias: unbound relative position bias that all layers share (T5), or None.
+      mask_value: key bias of padding in local and dense layers.
+      drop_weights: VCC layers drop attention weights at the trunk's rate while training.
+      dropout_rate: after the final norm while training.
     """
 
-    trunk: bert.BertConfig
+    trunk: Trunk
     vcc: VccConfig
+    bias: RelativeBias | None = None
+    mask_value: float = attention.MASK_BIAS
+    drop_weights: bool = True
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -226,6 +87,7 @@ class VccEncoder(nn.Module):
         """
         init = blocks.stacked_init(self.trunk.make_layer(), len(self.vcc.kinds), self.trunk.d_model)
         params = self.param("layers", init)
+        relative = self._relative()
         rng = None if deterministic else self.make_rng("dropout")
         opened: list[dict[str, jax.Array]] = []
         first = 0
@@ -234,48 +96,77 @@ class VccEncoder(nn.Module):
             part = blocks.layer_slice(params, first, last)
             key = None if rng is None else jax.random.fold_in(rng, first)
             if kind == "vcc":
-                x, trace = self._compressed(part, x, mask, vip_mask, key)
+                x, trace = self._compressed(part, x, (mask, vip_mask), key, relative)
                 opened.append(trace)
             elif kind == "local":
-                x = self._local(part, x, mask, key)
+                x = self._local(part, x, mask, key, relative)
             else:
-                x = bert.run_dense_layers(self.trunk, part, x, mask, key)
+                x = self._dense(part, x, mask, key, relative)
             first = last
-        x = layers.LayerNorm(self.trunk.norm_eps, name="final_norm")(x)
-        return x, _join(opened)
+        norm = layers.RMSNorm if self.trunk.make_layer().norm == "rms" else layers.LayerNorm
+        x = norm(self.trunk.norm_eps, name="final_norm")(x)
+        return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic), _join(opened)
 
-    def _local(self, params: Any, x: jax.Array, mask: jax.Array, rng: Any) -> jax.Array:
+    def _relative(self) -> RelativePositions | None:
+        """The shared position bias with its table, for use inside loops over layers."""
+        if self.bias is None:
+            return None
+        bias = self.bias.clone(parent=None)
+        params = self.param("relative_bias", lambda rng: bias.init(rng, 1, 1)["params"])
+        return RelativePositions(params, bias)
+
+    def _dense(
+        self, params: Any, x: jax.Array, mask: jax.Array, rng: Any, relative: Any
+    ) -> jax.Array:
+        """Runs the trunk's own layers."""
+        bias = attention.key_mask_bias(mask, self.mask_value)[:, None, None, :]
+        if relative is not None:
+            bias = bias + relative.along(x.shape[1])
+        return run_layers(self.trunk.make_layer(), params, x, bias, rng, self.trunk.remat)
+
+    def _local(
+        self, params: Any, x: jax.Array, mask: jax.Array, rng: Any, relative: Any
+    ) -> jax.Array:
         """Runs dense layers within independent segments of g tokens (section 3.1)."""
         batch, n, d = x.shape
         g = self.vcc.segment_length
         padded = g * -(-n // g)
         x, mask = pad_length(x, padded), pad_length(mask, padded)
         x, mask = x.reshape(-1, g, d), mask.reshape(-1, g)
-        x = bert.run_dense_layers(self.trunk, params, x, mask, rng)
+        # Positions within a segment differ as those in the text do: the relative bias is the same.
+        x = self._dense(params, x, mask, rng, relative)
         return x.reshape(batch, padded, d)[:, :n]
 
     def _compressed(
-        self, params: Any, x: jax.Array, mask: jax.Array, vip_mask: jax.Array, rng: Any
+        self, params: Any, x: jax.Array, masks: tuple[jax.Array, jax.Array], rng: Any, relative: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Runs VCC layers: enter once, leave once (section 3.2, 3.5)."""
         n, vcc = x.shape[1], self.vcc
         padded = compression.padded_length(n, vcc.num_vip, vcc.block_size)
-        x, mask, vip_mask = (pad_length(a, padded) for a in (x, mask, vip_mask))
-        state, layout = compression.enter(x, mask, vip_mask, vcc.num_vip, vcc.block_size)
+        x, mask, vip_mask = (pad_length(a, padded) for a in (x, *masks))
+        positions = None
+        if relative is not None:
+            positions = jnp.broadcast_to(jnp.arange(padded), mask.shape)
+        state, layout = compression.enter(x, mask, vip_mask, vcc.num_vip, vcc.block_size, positions)
         num_blocks = state.coarse.shape[1]
         if vcc.num_fine_blocks > num_blocks:  # said once a compilation
             _log.info(
                 "num_fine_blocks=%d, but %d tokens make %d blocks: every block is opened.",
                 *(vcc.num_fine_blocks, n, num_blocks),
             )
-        layer = self.trunk.make_layer(VccLayer, vcc=vcc)
+        layer, policy = self.vcc_layer(), self.trunk.remat
 
-        def body(layer_params: Any, state: compression.State, key: Any) -> tuple[Any, Any]:
-            state, chosen = run_vcc_layer(layer, layer_params, state, layout, key, self.trunk.remat)
+        def body(one: Any, state: compression.State, key: Any) -> tuple[Any, Any]:
+            state, chosen = run_vcc_layer(layer, one, state, layout, key, policy, relative)
             return state, {"fine_blocks": chosen.fine, "scores": chosen.scores}
 
         state, trace = blocks.scan_layers(body, params, state, rng)
         return compression.leave(state, layout)[:, :n], trace | {"order": layout.order}
+
+    def vcc_layer(self) -> VccLayer:
+        """Returns one unbound VCC layer of the trunk's sizes."""
+        changes = {} if self.drop_weights else {"attention_dropout_rate": 0.0}
+        return self.trunk.make_layer(cls=VccLayer, vcc=self.vcc, **changes)
 
 
 def _join(opened: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import heads
-from jaxmodels.vcc.encoder import VccConfig, VccEncoder
+from jaxmodels.vcc.config import VccConfig
+from jaxmodels.vcc.encoder import VccEncoder
 
 
 class VccRoberta(nn.Module):

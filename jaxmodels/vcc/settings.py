@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.trunks import bert
-from jaxmodels.vcc import encoder
+from jaxmodels.trunks import bert, t5
+from jaxmodels.vcc.config import VccConfig
 from jaxmodels.vcc.model import VccRoberta
+from jaxmodels.vcc.t5_model import VccT5
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -39,7 +40,38 @@ def trunk_config(model: Any) -> bert.BertConfig:
     )
 
 
-def vcc_config(model: Any) -> encoder.VccConfig:
+def t5_config(model: Any) -> t5.T5Config:
+    """Returns the sizes of a T5 from `config.model`.
+
+    Raises:
+      ValueError: sizes that cannot be.
+    """
+    same = (
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_decoder_layers",
+        "num_heads",
+        "head_dim",
+        "d_ff",
+        "activation",
+        "gated",
+        "tied_head",
+        "num_buckets",
+        "max_distance",
+        "dropout_rate",
+        "start_id",
+        "remat",
+    )
+    return t5.T5Config(
+        **{name: model[name] for name in same},
+        scaled_output=model.tied_head,
+        implementation=None if model.attention == "auto" else model.attention,
+        dtype=DTYPES[model.dtype],
+    )
+
+
+def vcc_config(model: Any) -> VccConfig:
     """Returns how to compress from `config.model`.
 
     Raises:
@@ -66,22 +98,36 @@ def vcc_config(model: Any) -> encoder.VccConfig:
         "selector",
         "explore_prob",
         "scale_correction",
+        "exact_counts",
+        "vote_average",
         "layout",
         "overflow",
     )
-    return encoder.VccConfig(kinds=kinds, **{name: model[name] for name in same})
+    return VccConfig(kinds=kinds, **{name: model[name] for name in same})
 
 
-def make_trunk(trunk: bert.BertConfig, vcc: encoder.VccConfig) -> VccRoberta | bert.BertModel:
+def make_trunk(trunk: bert.BertConfig, vcc: VccConfig) -> VccRoberta | bert.BertModel:
     """Returns the encoder: RoBERTa where every layer is dense, VCC-RoBERTa else; one tree."""
     if set(vcc.kinds) == {"dense"}:
         return bert.BertModel(trunk)
     return VccRoberta(trunk, vcc)
 
 
-def init(module: VccRoberta | bert.BertModel, rng: jax.Array) -> Any:
+def make_t5(trunk: t5.T5Config, vcc: VccConfig) -> VccT5 | t5.T5:
+    """Returns the encoder-decoder: T5 where every encoder layer is dense, VCC-T5 else; one tree."""
+    return t5.T5(trunk) if set(vcc.kinds) == {"dense"} else VccT5(trunk, vcc)
+
+
+def vips(module: VccT5 | t5.T5, batch: Any) -> dict[str, jax.Array]:
+    """Returns the VIP mask of a batch as keywords for the methods of `module`, if it has any."""
+    return {"vip_mask": batch["vip_mask"]} if isinstance(module, VccT5) else {}
+
+
+def init(module: VccRoberta | bert.BertModel | VccT5 | t5.T5, rng: jax.Array) -> Any:
     """Returns fresh boxed parameters of a trunk; they do not depend on the input's length."""
     ids = jnp.zeros((1, 2), jnp.int32)
+    if isinstance(module, t5.T5):
+        return module.init(rng, ids, **vips(module, {"vip_mask": ids}))["params"]
     if isinstance(module, bert.BertModel):
         return module.init(rng, ids)["params"]
     return module.init(rng, ids, ids + 1, ids)["params"]
