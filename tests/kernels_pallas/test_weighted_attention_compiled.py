@@ -36,7 +36,7 @@ def test_tpu_kernels_compile_without_scores_in_memory(target, case):
     """Forward and backward are three kernels; the rest is the inputs laid out anew."""
     made = found(target, case)[case]
     assert made["kernels"] == 3
-    assert made["temporaries"] < (0.05 if case == "t5_base_128k" else 0.7) * made["scores"]
+    assert made["temporaries"] < (0.1 if case == "t5_base_128k" else 0.7) * made["scores"]
 
 
 @needs("jax_cuda13_plugin", "cuda13")
