@@ -10,6 +10,8 @@ from flax import struct
 from jaxmodels.core.generation import check_left_padded
 from jaxmodels.decoding.settings import GenerationSettings
 
+MAX_CHOSEN = 16  # beams up to which comparing with each is cheaper than a gather, on a CPU
+
 # step(tokens [N] int32, cache) -> (logits [N, vocab] of the next token, cache)
 Step = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -99,12 +101,26 @@ def reorder_rows(cache: Any, index: jax.Array) -> Any:
     Examples never mix, so that a batch split over devices needs no exchange.
     """
 
+    beams = index.shape[1]
+
     def pick(leaf: jax.Array) -> jax.Array:
         if not jnp.ndim(leaf):
             return leaf
-        return take_beams(leaf.reshape(*index.shape, *leaf.shape[1:]), index).reshape(leaf.shape)
+        rows = leaf.reshape(*index.shape, *leaf.shape[1:])
+        # A gather of whole rows goes entry by entry on a CPU, at five times the cost of choosing.
+        chosen = _choose if jax.default_backend() == "cpu" and beams <= MAX_CHOSEN else take_beams
+        return chosen(rows, index).reshape(leaf.shape)
 
     return jax.tree.map(pick, cache)
+
+
+def _choose(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """As `take_beams`, by comparing with each beam in turn: exact, and contiguous reads."""
+    index = index.reshape(*index.shape, *[1] * (rows.ndim - 2))
+    chosen = jnp.broadcast_to(rows[:, :1], rows.shape)
+    for beam in range(1, rows.shape[1]):
+        chosen = jnp.where(index == beam, rows[:, beam : beam + 1], chosen)
+    return chosen
 
 
 def start_tokens(prompt: jax.Array, settings: GenerationSettings) -> jax.Array:
