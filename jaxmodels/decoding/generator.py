@@ -29,9 +29,8 @@ class Generator:
     def __init__(self, model: nn.Module, settings: GenerationSettings):
         """Takes the unbound model and the settings; compiles nothing yet."""
         self.model, self.settings = model, settings
-        options = _compiler_options(jax.default_backend())
         self._run = functools.partial(_generate, model, settings)
-        self._compiled = jax.jit(self._run, compiler_options=options)
+        self._compiled = jax.jit(self._run)
         self._prepare = jax.jit(lambda params: model.apply({"params": params}, method="prepare"))
         self._kept: tuple[Any, Any] = (None, None)  # parameters, and what was made of them
 
@@ -91,23 +90,6 @@ class Generator:
             prepared = self._prepare(params)
             self._kept = (leaves, prepared)
         return prepared
-
-
-@functools.cache
-def _compiler_options(platform: str) -> dict[str, str] | None:
-    """Returns what the compiler is told besides; None where it knows best.
-
-    On a CPU, products of a few rows are read-bound, and the library that XLA takes for them packs
-    the weights anew at every step: a t5-small step took 26 ms with it, 14 without.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    if platform != "cpu":
-        return None
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # an XLA without that option
-        return None
-    return options
 
 
 def _generate(

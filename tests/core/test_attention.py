@@ -116,6 +116,7 @@ def test_decoding_with_a_cache_equals_one_causal_pass(steps: tuple[int, ...]) ->
     chex.assert_trees_all_close(jnp.concatenate(parts, axis=1), whole, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_cross_attention_reads_the_context_and_not_itself() -> None:
     module = attention.MultiHeadAttention(num_heads=2, d_model=8, head_dim=3, use_bias=False)
     x, context = (jax.random.normal(jax.random.key(i), (1, n, 8)) for i, n in ((0, 2), (1, 5)))

@@ -5,10 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxmodels import decoding
-from jaxmodels.decoding import generator as generator_lib
 from jaxmodels.trunks import t5
 from tests.vcc import small
 
@@ -54,12 +52,3 @@ def test_one_program_serves_all_batches_of_a_shape():
         generate(params(0), ids)
     assert generate._compiled._cache_size() == 1
     assert "while" in generate.lower(params(0), IDS).as_text()
-
-
-def test_the_option_for_small_products_is_for_the_cpu_and_known_to_its_compiler():
-    assert generator_lib._compiler_options("gpu") is None
-    options = generator_lib._compiler_options("cpu")
-    if options is None:
-        pytest.skip("this XLA has no such option: nothing is asked for")
-    lowered = jax.jit(lambda x: x @ x, compiler_options=options).lower(jnp.ones((8, 8)))
-    assert "ynn" not in lowered.compile().as_text()

@@ -44,6 +44,7 @@ def killed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_f04_a_kill_during_a_save_or_a_deletion_loses_no_complete_step(killed, point):
     workdir, said = killed / point, []

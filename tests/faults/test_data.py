@@ -69,6 +69,7 @@ def test_f23_a_bad_row_is_named_with_file_record_field_and_what_is_accepted(
         take(iter(train_batches([Stage(source, example, 4)], seed=0, options=options())), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_f23_bad_rows_are_left_out_logged_once_and_counted_over_epochs_and_workers(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, workers: int
@@ -299,6 +300,7 @@ print(json.dumps(results["valid"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_f24_a_padded_last_batch_changes_no_metric(tmp_path: pathlib.Path, devices: int) -> None:
     # 24 rows fill batches of 8 and 12; with 16 the last one is half padding.

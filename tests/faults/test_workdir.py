@@ -216,6 +216,7 @@ def test_f12_config_and_metrics_of_a_run_live_in_a_bucket(cloud, monkeypatch):  
 # --- F16, F17, F19: run again -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_f16_a_longer_run_goes_on_and_says_what_its_schedule_does(tmp_path, capsys):
     workdir = tmp_path / "run"
     train(runs.config(total_steps=5), workdir, toy_config.FIELDS)
@@ -388,6 +389,7 @@ def test_f42_lines_damaged_in_the_middle_do_not_stop_a_resume(tmp_path):
     assert path.read_bytes().endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_f42_a_clock_that_jumps_back_disturbs_nothing(tmp_path, monkeypatch):
     now = [2e9]
 

@@ -87,6 +87,7 @@ def test_beams_read_the_masks_and_positions_of_their_example() -> None:
         np.testing.assert_allclose(found[beam::2], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_soft_prompts_go_in_front_of_embedded_ids() -> None:
     model, params = started(GPT2)
     soft = jax.random.normal(jax.random.key(1), (2, 3, 16))
@@ -135,6 +136,7 @@ def test_the_greedy_continuation_is_scored_as_the_most_probable() -> None:
     np.testing.assert_array_equal(top, expected)
 
 
+@pytest.mark.slow
 def test_gradients_of_token_log_probs_are_those_of_the_plain_formula() -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     hidden, kernel = jax.random.normal(keys[0], (2, 7, 8)), jax.random.normal(keys[1], (8, 31))
@@ -167,6 +169,7 @@ def test_scores_of_long_inputs_never_hold_all_logits() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
 
 
+@pytest.mark.slow
 def test_a_weight_delta_hook_equals_changed_kernels() -> None:
     delta = hooks.LayerHooks(hook_cases.Delta(16), 1)
     config = dataclasses.replace(GPT2, layer_hooks=(delta,))
@@ -186,6 +189,7 @@ def test_a_weight_delta_hook_equals_changed_kernels() -> None:
     np.testing.assert_allclose(steps, found[:, 5:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_of_past_keys_and_values_equals_the_tokens_they_are_of(kind: str) -> None:
     base, plain = started(KINDS[kind])
@@ -250,6 +254,7 @@ def test_gpt2_starts_the_last_projections_of_branches_smaller() -> None:
         assert float(kernel.std()) == pytest.approx(std, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_reaches_every_parameter_and_remat_changes_nothing(kind: str) -> None:
     grads = []
@@ -272,6 +277,7 @@ def test_program_does_not_grow_with_depth() -> None:
     assert sizes[0] == sizes[1] > 50
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_while_training() -> None:
     model, params = started(GPT2)
     quiet, dropped = (
@@ -283,6 +289,7 @@ def test_dropout_acts_only_while_training() -> None:
         model.apply(params, IDS, deterministic=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_products_stay_near_float32(kind: str) -> None:
     model, params = started(KINDS[kind], 0.1)

@@ -84,6 +84,7 @@ def test_hugging_face_gives_the_same_numbers(variant: str, tmp_path: Path) -> No
     assert relative(tokens, hidden) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_image_smaller_than_its_window_reads_the_middle_of_the_table() -> None:
     x = jax.random.normal(jax.random.key(1), (2, 12, 8))
     large = swin_layers.SwinLayer(
@@ -132,6 +133,7 @@ class Lora(hooks.Hooks):
         return y + self.b(self.a(x)) if site == "attention.query" else y
 
 
+@pytest.mark.slow
 def test_lora_on_shifted_layers_alone_equals_changed_weights() -> None:
     group = hooks.LayerHooks(Lora(), start=1, stop=3, step=2)  # of layers 0..4: layer 1
     model, params = started(config(layer_hooks=(group,)))
@@ -204,6 +206,7 @@ def test_keys_and_values_of_windows_may_grow() -> None:
     assert relative(found, plain()[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_another_stem_needs_no_parameters_of_this_one() -> None:
     model, tokens = swin.SwinModel(CONFIG), jax.random.normal(jax.random.key(2), (3, 5, 6, 8))
     shapes = jax.eval_shape(lambda rng: model.init(rng, tokens, method="encode"), jax.random.key(0))
@@ -244,6 +247,7 @@ def test_drop_path_grows_from_nothing_over_the_whole_depth() -> None:
     assert relative(first[1], first[0]) > 0.1
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_rng_and_differs_by_layer() -> None:
     model = swin.SwinModel(config(dropout_rate=0.2, attention_dropout_rate=0.2))
     params = plain()[0]
@@ -255,6 +259,7 @@ def test_dropout_follows_its_rng_and_differs_by_layer() -> None:
         model.apply(params, IMAGES, False)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_all_parameters_learn() -> None:
     one_stage, grads = config(depths=(2,), num_heads=(2,), windows=(3,)), []
     params = started(one_stage)[1]

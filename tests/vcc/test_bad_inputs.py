@@ -39,6 +39,7 @@ def test_length_that_fits_no_block_is_named_with_slots_and_block_size(
     assert all(word in str(error.value) for word in (f"n={n}", f"p={slots}", f"b={size}"))
 
 
+@pytest.mark.slow
 def test_length_that_fits_no_segment_or_block_is_padded_by_the_model() -> None:
     module, params, given = built(small.vcc(("local", "vcc", "vcc")), n=27)
     hidden, opened = jax.jit(module.apply)(params, **given)
@@ -102,6 +103,7 @@ def test_a_vip_on_padding_is_refused_with_its_count(policy: str) -> None:
         check_inputs(ROW, np.array([[1, 0, 0, 0, 1, 1]]), 4, policy)
 
 
+@pytest.mark.slow
 def test_fully_padded_row_is_finite_zero_and_out_of_the_loss() -> None:
     module, params, given = built(small.vcc(("local", "vcc", "vcc")))
     mask = jnp.asarray([[1] * 28, [0] * 28])
@@ -145,6 +147,7 @@ def test_masks_of_different_shapes_are_refused() -> None:
         check_inputs(ROW, ROW[:, :5], 4)
 
 
+@pytest.mark.slow
 def test_input_longer_than_the_position_table_names_size_and_remedy() -> None:
     module, params, given = built(small.vcc(), max_positions=28)
     longer = {name: jnp.pad(x, ((0, 0), (0, 2))) for name, x in given.items()}

@@ -120,6 +120,7 @@ def vips_after(x: jax.Array, mask: jax.Array, vip: jax.Array, size: int) -> jax.
     return after.vip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 7])
 def test_appending_whole_padded_blocks_changes_no_vip(blocks: int) -> None:
     x, mask, vip = small.states()
@@ -156,6 +157,7 @@ def test_votes_of_other_slots_do_not_choose_blocks() -> None:
     np.testing.assert_allclose(chosen.gate, 1, rtol=0, atol=2.0**-23)
 
 
+@pytest.mark.slow
 def test_ties_go_to_the_lowest_blocks_and_gates_carry_signed_gradient() -> None:
     layout = compression.Layout(
         jnp.arange(21)[None], jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones((1, 20, 1))

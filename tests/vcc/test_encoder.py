@@ -63,6 +63,7 @@ def worst(found: Any, expected: Any) -> float:
     return max([*errors, relative(found[1], expected[1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "real"), [(36, 29), (256, 256), (2048, 1900)])
 @pytest.mark.parametrize("kinds", [("vcc",) * 3, ("local", "vcc", "vcc")])
 def test_all_blocks_open_is_dense_attention(n: int, real: int, kinds: tuple[str, ...]) -> None:
@@ -76,6 +77,7 @@ def test_all_blocks_open_is_dense_attention(n: int, real: int, kinds: tuple[str,
     assert relative(found[:, :real], expected[:, :real]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_block_sizes_agree_where_all_blocks_are_open() -> None:
     config = small.trunk()
     x, mask, vip = small.states(1, 260, 250)
@@ -88,6 +90,7 @@ def test_block_sizes_agree_where_all_blocks_are_open() -> None:
         assert relative(other[:, :250], found[0][:, :250]) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fine", "real"), [(0, 28), (2, 28), (2, 19), (6, 28), (2, 7)],
     ids=["none open", "some", "padded", "all open", "fewer real blocks than k"],
@@ -101,6 +104,7 @@ def test_static_layout_equals_gather_layout_with_gradients(fine: int, real: int)
     assert relative(one[0], other[0]) <= 2e-5 and worst(one_bar, other_bar) < 1e-4
 
 
+@pytest.mark.slow
 def test_opened_padding_changes_nothing_for_real_tokens() -> None:
     config = small.trunk()
     params, (x, mask, vip) = small.layer_params(config), small.states(real=12)
@@ -136,6 +140,7 @@ def test_gates_scale_what_a_layer_adds_to_each_row() -> None:
     assert relative(full, x) > 0.1
 
 
+@pytest.mark.slow
 def test_random_selection_ignores_scores_and_takes_padding_last() -> None:
     config = small.trunk(num_layers=6)
     params, (x, mask, vip) = small.layer_params(config), small.states(4, 44, 24)
@@ -148,6 +153,7 @@ def test_random_selection_ignores_scores_and_takes_padding_last() -> None:
     chex.assert_trees_all_equal(quiet, other)
 
 
+@pytest.mark.slow
 def test_exploration_needs_an_rng_and_leaves_the_others_alone() -> None:
     config = small.trunk(num_layers=1)
     params, (x, mask, vip) = small.layer_params(config), small.states(32, 84)
@@ -181,6 +187,7 @@ def residual_bytes(policy: str, depth: int, n: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_full_remat_keeps_no_bank_a_layer_and_changes_no_number() -> None:
     n = 4 + 32 * 64
     bank = (n - 4) * 64 * 4
@@ -211,6 +218,7 @@ def test_program_does_not_grow_with_depth(kind: str) -> None:
     assert sizes[0] == sizes[1] > 100
 
 
+@pytest.mark.slow
 def test_mixed_arrangements_run_each_layer_as_its_kind_says() -> None:
     config = small.trunk(num_layers=5)
     params, (x, mask, vip) = small.layer_params(config), small.states(real=25)
@@ -232,6 +240,7 @@ def test_mixed_arrangements_run_each_layer_as_its_kind_says() -> None:
     assert relative(found[:, :25], expected[:, :25]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_local_layers_stay_within_their_segment() -> None:
     config = small.trunk()
     params, (x, mask, vip) = small.layer_params(config), small.states(n=27)
@@ -241,6 +250,7 @@ def test_local_layers_stay_within_their_segment() -> None:
     assert relative(found, jnp.concatenate(segments, axis=1)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 23, 30])
 def test_lengths_that_fit_no_block_are_padded_and_cut_back(n: int) -> None:
     config = small.trunk()
@@ -252,6 +262,7 @@ def test_lengths_that_fit_no_block_are_padded_and_cut_back(n: int) -> None:
     assert relative(found, encode(config, settings, params, *padded)[0][:, :n]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_dropout_needs_an_rng_and_follows_it() -> None:
     config = small.trunk(dropout_rate=0.3, attention_dropout_rate=0.3)
     params, given = small.layer_params(config), small.states()
@@ -269,6 +280,7 @@ def test_dropout_needs_an_rng_and_follows_it() -> None:
         module.apply(variables, *given, False)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_keep_a_float32_residual_stream() -> None:
     half, full = small.trunk(dtype=jnp.bfloat16), small.trunk()
     given = (small.layer_params(full, gain=3.0), *small.states())
