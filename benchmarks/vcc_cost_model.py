@@ -24,24 +24,25 @@ def rows_run(n: int, vcc: VccConfig) -> int:
     return vcc.compressed_length(n) + (k if vcc.layout == "static" else 0)
 
 
-def dense_flops(n: int, trunk: BertConfig) -> int:
+def dense_flops(n: int, trunk: BertConfig | T5Config) -> int:
     """Returns 8 n d^2 (projections) + 4 n^2 d (attention) + 4 n d d_ff (feed-forward)."""
     return _layer(n, n, trunk)
 
 
-def local_flops(n: int, trunk: BertConfig, segment_length: int) -> int:
+def local_flops(n: int, trunk: BertConfig | T5Config, segment_length: int) -> int:
     """Returns the dense cost with n^2 -> n g; n is rounded up to whole segments."""
     padded = segment_length * -(-n // segment_length)
     return _layer(padded, segment_length, trunk)
 
 
-def vcc_flops(n: int, trunk: BertConfig, vcc: VccConfig) -> int:
+def vcc_flops(n: int, trunk: BertConfig | T5Config, vcc: VccConfig) -> int:
     """Returns the selection, 2 p d^2 + 2 m d^2 + 2 p m d, and the dense cost of the rows run."""
-    d, p, m, rows = trunk.d_model, vcc.num_vip, num_blocks(n, vcc), rows_run(n, vcc)
-    return 2 * d * (p * d + m * d + p * m) + _layer(rows, rows, trunk)
+    d, inner = trunk.d_model, _inner(trunk)
+    p, m, rows = vcc.num_vip, num_blocks(n, vcc), rows_run(n, vcc)
+    return 2 * inner * (p * d + m * d + p * m) + _layer(rows, rows, trunk)
 
 
-def encoder_flops(n: int, trunk: BertConfig, vcc: VccConfig) -> int:
+def encoder_flops(n: int, trunk: BertConfig | T5Config, vcc: VccConfig) -> int:
     """Returns the sum over the layers that `vcc.kinds` names."""
     cost = {
         "dense": dense_flops(n, trunk),

@@ -58,6 +58,7 @@ class FactsData:
                 length=length,
                 questions=data.questions,
                 fact_groups=groups,
+                facts_per_group=data.facts_per_group,
                 slot=data.slot,
                 vocab_size=self.config.model.vocab_size,
                 seed=data.seed,

@@ -59,11 +59,11 @@ def _encode(task: Any, bpe: Any, number: int, row: dict[str, Any]) -> Batch:
             f"that the model was trained on ({known}, ...), like 'what is the code of KEY ?'."
         )
     ids = [words.cls_id, *question, *document]
-    longest = task.config.data.length
-    if len(ids) > longest or 1 + len(question) > task.vcc.num_vip:
+    longest, slots = task.config.data.length, task.config.model.num_vip
+    if len(ids) > longest or 1 + len(question) > slots:
         raise ValueError(
             f"row {number}: {len(ids)} tokens, {1 + len(question)} of them in the question; the "
-            f"model takes {longest} tokens and questions of {task.vcc.num_vip - 1}."
+            f"model takes {longest} tokens and questions of {slots - 1}."
         )
     length = 1 << (len(ids) - 1).bit_length()
     positions = np.arange(length)

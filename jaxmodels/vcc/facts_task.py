@@ -45,15 +45,15 @@ class FactsTask(Task):
         """
         self.config = config
         self.trunk = settings.trunk_config(config.model)
-        self.vcc = settings.vcc_config(config.model)
+        self.vcc = settings.encoder_config(config.model)
         self.module = settings.make_trunk(self.trunk, self.vcc)
         self.data = FactsData(config)
         self.stages = self.data.stages
-        vips = 1 + QUESTION_TOKENS * config.data.questions
-        if vips > self.vcc.num_vip and "vcc" in self.vcc.kinds:
+        vips, slots = 1 + QUESTION_TOKENS * config.data.questions, settings.num_slots(self.vcc)
+        if slots is not None and vips > slots:
             raise ValueError(
                 f"data.questions={config.data.questions} makes {vips} VIP tokens, but "
-                f"model.num_vip={self.vcc.num_vip}; raise num_vip or ask fewer questions."
+                f"model.num_vip={slots}; raise num_vip or ask fewer questions."
             )
         positions = config.data.length if self.restart is None else self.restart
         if positions > self.trunk.max_positions:
@@ -66,7 +66,8 @@ class FactsTask(Task):
     @property
     def restart(self) -> int | None:
         """Tokens after which positions restart; None where they run through the text."""
-        return self.vcc.segment_length if self.config.model.positions == "segment" else None
+        model = self.config.model
+        return model.segment_length if model.positions == "segment" else None
 
     @property
     def vocabulary(self) -> pydoc_facts.FactsVocabulary:
@@ -78,7 +79,8 @@ class FactsTask(Task):
         rng_init, rng_copy = jax.random.split(rng)
         boxed = settings.init(self.module, rng_init)
         if self.config.model.init == "copying":
-            boxed = initialization.copying_params(rng_copy, boxed, self.vcc.kinds, self.trunk)
+            kinds = settings.kinds(self.config.model)
+            boxed = initialization.copying_params(rng_copy, boxed, kinds, self.trunk)
         return {"trunk": boxed}
 
     def param_groups(self, params: Params) -> Labels:
@@ -146,8 +148,9 @@ class FactsTask(Task):
             ).astype(np.int32)
             for name in FIELDS
         }
+        model = self.config.model
         mask, vip = check_inputs(
-            kept["attention_mask"], kept["vip_mask"], self.vcc.num_vip, self.vcc.overflow
+            kept["attention_mask"], kept["vip_mask"], model.num_vip, model.overflow
         )
         return kept | {"attention_mask": mask, "vip_mask": vip}
 

@@ -4,15 +4,19 @@ A VCC layer has exactly the parameters of the trunk's own layer: any pre-norm ch
 one stack of parameters runs dense, in local segments, or compressed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from jaxmodels.core import attention, blocks, partitioning
 from jaxmodels.core.relative_bias import RelativeBias
-from jaxmodels.vcc import compression
+from jaxmodels.vcc import compression, kernels
 from jaxmodels.vcc.config import VccConfig
+from jaxmodels.vcc.rows import Rows, gather_rows, scatter_rows
+from kernels_pallas import weighted_attention
 
 
 @struct.dataclass
@@ -34,6 +38,11 @@ class RelativePositions:
     def along(self, length: int) -> jax.Array:
         """Returns the bias [1, H, length, length] float32 of positions 0, 1, 2, ..."""
         return self.bias.apply({"params": self.params}, length, length)
+
+    def of_rows(self, positions: jax.Array) -> weighted_attention.RelativeBias:
+        """Returns the bias between all pairs of rows at positions [B, r], as kernels take it."""
+        table = self.params["embedding"]
+        return weighted_attention.RelativeBias(positions, table, self.bias.max_distance)
 
 
 class VccLayer(blocks.TransformerLayer):
@@ -66,6 +75,8 @@ class VccLayer(blocks.TransformerLayer):
         num_fine = min(vcc.num_fine_blocks, state.coarse.shape[1])
         query = self.attention.queries(self.attention_norm(state.vip))
         key = self.attention.keys(self.attention_norm(state.coarse))
+        if attention.platform() == "tpu":  # libtpu 0.0.42 overflows its stack fusing what is before
+            query, key = jax.lax.optimization_barrier((query, key))
         bias = attention.key_mask_bias(layout.block_mask)[:, None, None, :]
         if relative is not None:
             bias = bias + relative.at(layout.positions.vip, layout.positions.coarse)
@@ -86,11 +97,12 @@ class VccLayer(blocks.TransformerLayer):
             explored=explored,
             straight_through=learn,
             vote_average=vcc.vote_average,
+            open_share=vcc.open_share,
         )
 
     def encode(
         self,
-        rows: compression.Rows,
+        rows: Rows,
         deterministic: bool = True,
         relative: RelativePositions | None = None,
     ) -> jax.Array:
@@ -102,15 +114,21 @@ class VccLayer(blocks.TransformerLayer):
 
     def attend(
         self,
-        rows: compression.Rows,
+        rows: Rows,
         deterministic: bool = True,
         relative: RelativePositions | None = None,
     ) -> jax.Array:
         """Returns the attention branch of the r rows, [B, r, d]: all are queries, keys, values."""
-        x, bias = self.attention_norm(rows.x), rows.bias[:, None, None, :]
+        x, own = self.attention_norm(rows.x), self.attention
+        drops = self.attention_dropout_rate > 0 and not deterministic
+        if kernels.attends(self.vcc.kernels, self.implementation, drops):
+            heads = own.queries(x), own.keys(x), own.values(x)
+            far = None if relative is None else relative.of_rows(rows.positions)
+            return own.project_out(kernels.attend(self.vcc.kernels, heads, rows.bias, far))
+        bias = rows.bias[:, None, None, :]
         if relative is not None:
             bias = bias + relative.at(rows.positions, rows.positions)
-        return self.attention(x, bias, deterministic=deterministic)
+        return own(x, bias, deterministic=deterministic)
 
 
 def run_vcc_layer(
@@ -137,20 +155,123 @@ def run_vcc_layer(
     Returns:
       the state after the layer, and which blocks it opened.
     """
+
+    def encode(rows: Rows, drop: Any) -> jax.Array:
+        return _encode(layer, policy, {"params": params}, rows, drop, relative)
+
+    return _with_open_blocks(layer, params, state, layout, rng, relative, encode)
+
+
+def run_sharing_layers(
+    layer: VccLayer,
+    params: Any,
+    state: compression.State,
+    layout: compression.Layout,
+    rng: jax.Array | None = None,
+    policy: str = "none",
+    relative: RelativePositions | None = None,
+) -> tuple[compression.State, compression.Selection]:
+    """Runs VCC layers on the blocks that the first of them chooses; they stay open in between.
+
+    Args: as `run_vcc_layer`, but `params` are stacked on a leading layer axis.
+
+    Returns:
+      the state after the last layer, and which blocks were open.
+    """
+
+    def encode(rows: Rows, drop: Any) -> jax.Array:
+        def body(one: Any, x: jax.Array, key: Any) -> tuple[jax.Array, None]:
+            now = rows.replace(x=x)
+            return _encode(layer, policy, {"params": one}, now, key, relative), None
+
+        return blocks.scan_layers(body, params, rows.x, drop)[0]
+
+    first = jax.tree.map(lambda leaf: leaf[0], params)
+    return _with_open_blocks(layer, first, state, layout, rng, relative, encode)
+
+
+def _with_open_blocks(
+    layer: VccLayer,
+    params: Any,
+    state: compression.State,
+    layout: compression.Layout,
+    rng: jax.Array | None,
+    relative: RelativePositions | None,
+    encode: Callable[[Rows, Any], jax.Array],
+) -> tuple[compression.State, compression.Selection]:
+    """Selects by a layer's parameters, opens, runs `encode` on the rows and writes back."""
     deterministic = rng is None
     pick, drop = (None, None) if deterministic else jax.random.split(rng)
-    variables = {"params": params}
-    explore = not deterministic
-    chosen = layer.apply(variables, state, layout, pick, explore, relative, method="choose")
-    rows = enter_rows(layer.vcc, state, layout, chosen)
+    given = (state, layout, pick, not deterministic, relative)
+    chosen = layer.apply({"params": params}, *given, method="choose")
+    run = kernels.blocks(layer.vcc.kernels, *state.difference.shape[2:])
+    fine, state = run.open_blocks(state, chosen.fine)
+    rows = enter_rows(layer.vcc, state, layout, chosen, fine)
+    y = encode(rows.replace(x=partitioning.constrain_batch(rows.x)), drop)
+    return scatter_rows(state, layout, chosen, y, run.write_back), chosen
 
-    def encode(variables: Any, rows: compression.Rows, key: Any, relative: Any) -> jax.Array:
+
+def _encode(
+    layer: VccLayer, policy: str, variables: Any, rows: Rows, key: Any, relative: Any
+) -> jax.Array:
+    """Y of the rows; the backward pass recomputes what the policy drops."""
+
+    def encode(variables: Any, rows: Rows, key: Any, relative: Any) -> jax.Array:
         rngs = None if key is None else {"dropout": key}
-        return layer.apply(variables, rows, deterministic, relative, rngs=rngs, method="encode")
+        return layer.apply(variables, rows, key is None, relative, rngs=rngs, method="encode")
 
-    rows = rows.replace(x=partitioning.constrain_batch(rows.x))
-    y = blocks.remat(encode, policy)(variables, rows, drop, relative)
-    return compression.scatter_rows(state, layout, chosen, y), chosen
+    return blocks.remat(encode, policy)(variables, rows, key, relative)
+
+
+def run_vcc_layers(
+    layer: VccLayer,
+    params: Any,
+    state: compression.State,
+    layout: compression.Layout,
+    rng: jax.Array | None = None,
+    policy: str = "none",
+    relative: RelativePositions | None = None,
+) -> tuple[compression.State, dict[str, jax.Array]]:
+    """Runs a stack of VCC layers.
+
+    Args:
+      layer: unbound module.
+      params: stacked on a leading layer axis.
+      state: P, C, D; D is updated in place from layer to layer.
+      layout: of the sequence.
+      rng: as `run_vcc_layer`, as the others.
+      policy: see there.
+      relative: see there.
+
+    Returns:
+      the state after the last layer; "fine_blocks" [layers, B, k], -1 where a slot was left over,
+      and "scores" [layers, B, m].
+    """
+
+    share, depth = layer.vcc.share_selection, jax.tree.leaves(params)[0].shape[0]
+    run = run_vcc_layer if share == 1 else run_sharing_layers
+
+    def body(some: Any, state: compression.State, key: Any) -> tuple[Any, Any]:
+        state, chosen = run(layer, some, state, layout, key, policy, relative)
+        fine = chosen.fine
+        if layer.vcc.adaptive:
+            fine = jnp.where(fine == layout.mask.shape[1] - 1, -1, fine)
+        return state, {"fine_blocks": fine, "scores": chosen.scores}
+
+    if share == 1:
+        return blocks.scan_layers(body, params, state, rng)
+    whole, traces = depth - depth % share, []
+    if whole:
+        groups = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, share, *leaf.shape[1:]), params)
+        state, trace = blocks.scan_layers(body, groups, state, rng)
+        traces.append(jax.tree.map(lambda leaf: jnp.repeat(leaf, share, axis=0), trace))
+    if whole < depth:
+        key = None if rng is None else jax.random.fold_in(rng, depth)
+        state, trace = body(blocks.layer_slice(params, whole, depth), state, key)
+        traces.append(
+            jax.tree.map(lambda leaf: jnp.repeat(leaf[None], depth - whole, axis=0), trace)
+        )
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
 
 
 def enter_rows(
@@ -158,13 +279,15 @@ def enter_rows(
     state: compression.State,
     layout: compression.Layout,
     chosen: compression.Selection,
-) -> compression.Rows:
-    """Returns the rows of a layer as `vcc` wants them: see `compression.gather_rows`."""
-    return compression.gather_rows(
+    fine: jax.Array | None = None,
+) -> Rows:
+    """Returns the rows of a layer as `vcc` wants them: see `rows.gather_rows`."""
+    return gather_rows(
         state,
         layout,
         chosen,
         scale_correction=vcc.scale_correction,
         exact_counts=vcc.exact_counts,
         keep_all=vcc.layout == "static",
+        fine=fine,
     )

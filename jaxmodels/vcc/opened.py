@@ -18,6 +18,6 @@ def block_ranges(opened: dict[str, jax.Array], vcc: VccConfig, row: int = 0) -> 
         return []
     blocks = np.asarray(opened["order"])[row, vcc.num_vip :].reshape(-1, vcc.block_size)
     return [
-        [[int(blocks[j].min()), int(blocks[j].max())] for j in layer]
+        [[int(blocks[j].min()), int(blocks[j].max())] for j in layer if j >= 0]
         for layer in np.asarray(opened["fine_blocks"])[:, row]
     ]

@@ -24,7 +24,7 @@ class RobertaQATask(Task):
 
     Attributes:
       config: see `configs/vcc.py`.
-      trunk, vcc: sizes, and how the encoder compresses.
+      trunk, vcc: sizes, and how the encoder compresses (a `SparsePattern` where it does not).
       module: the trunk.
       head: of the data set; its parameters are beside the trunk's.
     """
@@ -39,7 +39,7 @@ class RobertaQATask(Task):
         """
         self.config = config
         self.trunk = settings.trunk_config(config.model)
-        self.vcc = settings.vcc_config(config.model)
+        self.vcc = settings.encoder_config(config.model)
         self.module = settings.make_trunk(self.trunk, self.vcc)
         self.head = self.make_head()
         if config.data.length > self.trunk.max_positions:
@@ -141,8 +141,8 @@ class RobertaQATask(Task):
 
     @property
     def slots(self) -> int | None:
-        """VIP slots of the model; None where every layer is dense or local."""
-        return self.vcc.num_vip if "vcc" in self.vcc.kinds else None
+        """VIP slots of the model; None where no layer compresses."""
+        return settings.num_slots(self.vcc)
 
 
 class ChoiceTask(RobertaQATask):

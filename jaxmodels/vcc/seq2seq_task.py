@@ -38,8 +38,8 @@ class Seq2SeqTask(Task):
     Attributes:
       config: see `configs/vcc_t5.py`.
       trunk: sizes of T5.
-      vcc: how its encoder compresses.
-      model: `VccT5`, or `t5.T5` where every layer is dense; one tree of parameters.
+      vcc: how its encoder compresses, or the `SparsePattern` that it has instead.
+      model: `VccT5`, `SparseT5`, or `t5.T5` where every layer is dense; one tree of parameters.
       data: what `config.data.name` asks for.
       ends: ids of end-of-sequence and padding.
     """
@@ -52,7 +52,7 @@ class Seq2SeqTask(Task):
         """
         self.config = config
         self.trunk = settings.t5_config(config.model)
-        self.vcc = settings.vcc_config(config.model)
+        self.vcc = settings.encoder_config(config.model)
         self.model = settings.make_t5(self.trunk, self.vcc)
         self.data, self.ends = open_data(config)
 

@@ -6,6 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.trunks import bert, t5
+from jaxmodels.vcc.baseline_attentions import (
+    PATTERNS,
+    SparsePattern,
+    SparseRoberta,
+    SparseT5,
+    sparse_pattern,
+)
 from jaxmodels.vcc.config import VccConfig
 from jaxmodels.vcc.model import VccRoberta
 from jaxmodels.vcc.t5_model import VccT5
@@ -102,28 +109,84 @@ def vcc_config(model: Any) -> VccConfig:
         "vote_average",
         "layout",
         "overflow",
+        "kernels",
+        "open_share",
+        "share_selection",
+        "cross_attention",  # of models with a decoder
     )
-    return VccConfig(kinds=kinds, **{name: model[name] for name in same})
+    return VccConfig(kinds=kinds, **{name: model[name] for name in same if name in model})
 
 
-def make_trunk(trunk: bert.BertConfig, vcc: VccConfig) -> VccRoberta | bert.BertModel:
-    """Returns the encoder: RoBERTa where every layer is dense, VCC-RoBERTa else; one tree."""
-    if set(vcc.kinds) == {"dense"}:
+def encoder_config(model: Any) -> VccConfig | SparsePattern:
+    """Returns how the encoder attends, by `config.model.encoder`: one flag for all comparisons.
+
+    Raises:
+      ValueError: settings that do not fit together, or that this encoder does not have.
+    """
+    if model.encoder not in PATTERNS:
+        return vcc_config(model)
+    if model.layer_kinds:
+        raise ValueError(
+            f"model.layer_kinds={tuple(model.layer_kinds)} arranges local, vcc and dense layers; "
+            f"with model.encoder={model.encoder} every layer has that attention: leave it empty."
+        )
+    names = vars(PATTERNS[model.encoder]).keys()
+    sizes = {name: model.sparse[name] for name in names if name in model.sparse}
+    if model.encoder == "longt5_local":
+        sizes.pop("global_block_size")  # which is what makes it local
+    try:
+        return sparse_pattern(model.encoder, **sizes)
+    except ValueError as error:
+        raise ValueError(f"model.sparse: {error}") from error
+
+
+def num_slots(encoder: VccConfig | SparsePattern) -> int | None:
+    """Returns the VIP slots of an encoder; None where no layer compresses."""
+    compresses = isinstance(encoder, VccConfig) and "vcc" in encoder.kinds
+    return encoder.num_vip if compresses else None
+
+
+def kinds(model: Any) -> tuple[str, ...]:
+    """Returns the kind of every layer, with sparse attention told as local or dense."""
+    if model.encoder not in PATTERNS:
+        return vcc_config(model).kinds
+    local = min(model.num_local_layers, model.num_layers)
+    return ("local",) * local + ("dense",) * (model.num_layers - local)
+
+
+def make_trunk(
+    trunk: bert.BertConfig, encoder: VccConfig | SparsePattern
+) -> VccRoberta | SparseRoberta | bert.BertModel:
+    """Returns RoBERTa: with a sparse encoder, plain where every layer is dense, else VCC-RoBERTa.
+
+    All have one tree of parameters (patterns that summarise add to it).
+    """
+    if isinstance(encoder, SparsePattern):
+        return SparseRoberta(trunk, encoder)
+    if set(encoder.kinds) == {"dense"}:
         return bert.BertModel(trunk)
-    return VccRoberta(trunk, vcc)
+    return VccRoberta(trunk, encoder)
 
 
-def make_t5(trunk: t5.T5Config, vcc: VccConfig) -> VccT5 | t5.T5:
-    """Returns the encoder-decoder: T5 where every encoder layer is dense, VCC-T5 else; one tree."""
-    return t5.T5(trunk) if set(vcc.kinds) == {"dense"} else VccT5(trunk, vcc)
+def make_t5(trunk: t5.T5Config, encoder: VccConfig | SparsePattern) -> VccT5 | SparseT5 | t5.T5:
+    """Returns T5: with a sparse encoder, plain where every encoder layer is dense, else VCC-T5.
+
+    All have one tree of parameters (patterns that summarise add to it).
+    """
+    if isinstance(encoder, SparsePattern):
+        return SparseT5(trunk, encoder)
+    return t5.T5(trunk) if set(encoder.kinds) == {"dense"} else VccT5(trunk, encoder)
 
 
-def vips(module: VccT5 | t5.T5, batch: Any) -> dict[str, jax.Array]:
+def vips(module: VccT5 | SparseT5 | t5.T5, batch: Any) -> dict[str, jax.Array]:
     """Returns the VIP mask of a batch as keywords for the methods of `module`, if it has any."""
-    return {"vip_mask": batch["vip_mask"]} if isinstance(module, VccT5) else {}
+    return {"vip_mask": batch["vip_mask"]} if isinstance(module, VccT5 | SparseT5) else {}
 
 
-def init(module: VccRoberta | bert.BertModel | VccT5 | t5.T5, rng: jax.Array) -> Any:
+Trunk = VccRoberta | SparseRoberta | bert.BertModel
+
+
+def init(module: Trunk | VccT5 | SparseT5 | t5.T5, rng: jax.Array) -> Any:
     """Returns fresh boxed parameters of a trunk; they do not depend on the input's length."""
     ids = jnp.zeros((1, 2), jnp.int32)
     if isinstance(module, t5.T5):
@@ -133,9 +196,7 @@ def init(module: VccRoberta | bert.BertModel | VccT5 | t5.T5, rng: jax.Array) ->
     return module.init(rng, ids, ids + 1, ids)["params"]
 
 
-def encode(
-    module: VccRoberta | bert.BertModel, params: Any, batch: Any, rng: Any = None
-) -> tuple[Any, Any]:
+def encode(module: Trunk, params: Any, batch: Any, rng: Any = None) -> tuple[Any, Any]:
     """Runs a trunk on a batch.
 
     Args:

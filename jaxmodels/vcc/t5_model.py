@@ -8,7 +8,7 @@ from jaxmodels.core import attention
 from jaxmodels.core.generation import Prepared, Started
 from jaxmodels.trunks import t5
 from jaxmodels.vcc.config import VccConfig
-from jaxmodels.vcc.encoder import VccEncoder
+from jaxmodels.vcc.encoder import Document, VccEncoder
 
 Opened = dict[str, jax.Array]
 
@@ -67,13 +67,36 @@ class VccT5(t5.T5):
         """
         if decoder_input_ids is None:
             decoder_input_ids = self.start_tokens(input_ids.shape[0])
-        encoded = self.encode(
+        encoded, opened = self.encode_traced(
             input_ids, attention_mask, vip_mask=vip_mask, deterministic=deterministic
         )
         hidden = self.decode(
-            decoder_input_ids, encoded, attention_mask, decoder_attention_mask, deterministic
+            decoder_input_ids,
+            encoded,
+            None if "key_bias" in opened else attention_mask,
+            decoder_attention_mask,
+            deterministic,
+            context_bias=opened.get("key_bias"),
         )
         return self.head(hidden)
+
+    def encode_document(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None
+    ) -> Document:
+        """Encodes a document once, for any number of questions (`VccConfig.question_apart`).
+
+            document = model.apply(variables, ids, mask, method="encode_document")
+            generator(params, question, mask, vip_mask=mask, document=document)
+
+        Args:
+          input_ids: [B, n] int.
+          attention_mask: [B, n], 1 on real tokens; default all ones.
+
+        Raises:
+          ValueError: `vcc.question_apart` is off.
+        """
+        mask = jnp.ones(input_ids.shape, jnp.int32) if attention_mask is None else attention_mask
+        return self.encoder.encode_document(self.words(input_ids, None), mask)
 
     def encode(
         self,
@@ -101,6 +124,7 @@ class VccT5(t5.T5):
         vip_mask: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
         deterministic: bool = True,
+        document: Document | None = None,
     ) -> tuple[jax.Array, Opened]:
         """Encodes ids or embeddings, and tells which blocks were opened.
 
@@ -110,10 +134,11 @@ class VccT5(t5.T5):
           vip_mask: [B, n], 1 on VIP tokens (`inputs.check_inputs` checks them).
           inputs_embeds: [B, n, d_model], in place of ids.
           deterministic: no dropout, no exploration; else an rng named "dropout" is needed.
+          document: from `encode_document`; the others are then the question's, n = p.
 
         Returns:
           [B, n, d_model] float32 in text order, after the final norm, and what each VCC layer
-          opened (see `VccEncoder`).
+          opened (see `VccEncoder`; also for what `vcc.cross_attention` = "rows" returns).
 
         Raises:
           ValueError: no VIP mask though there are VCC layers, or ids and embeddings together.
@@ -126,7 +151,7 @@ class VccT5(t5.T5):
         mask = jnp.ones(x.shape[:2], jnp.int32) if attention_mask is None else attention_mask
         x = self.dropout(x, deterministic=deterministic)
         vip_mask = jnp.zeros_like(mask) if vip_mask is None else vip_mask
-        return self.encoder(x, mask, vip_mask, deterministic)
+        return self.encoder(x, mask, vip_mask, deterministic, document)
 
     def start(
         self,
@@ -137,11 +162,22 @@ class VccT5(t5.T5):
         prepared: Prepared | None = None,
         inputs_embeds: jax.Array | None = None,
         vip_mask: jax.Array | None = None,
+        document: Document | None = None,
     ) -> Started:
         """Encodes once, and decodes the start token: see `core.generation`."""
-        encoded = self.encode(
-            input_ids, attention_mask, vip_mask=vip_mask, inputs_embeds=inputs_embeds
+        encoded, opened = self.encode_traced(
+            input_ids,
+            attention_mask,
+            vip_mask=vip_mask,
+            inputs_embeds=inputs_embeds,
+            document=document,
         )
+        if document is not None and attention_mask is not None:
+            attention_mask = document.behind(attention_mask)
         return self.start_from(
-            encoded, attention_mask, max_new_tokens=max_new_tokens, prepared=prepared
+            encoded,
+            None if "key_bias" in opened else attention_mask,
+            max_new_tokens=max_new_tokens,
+            prepared=prepared,
+            context_bias=opened.get("key_bias"),
         )

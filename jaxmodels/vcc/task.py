@@ -5,9 +5,14 @@ from typing import Any
 from jaxmodels.core.task import Task
 from jaxmodels.vcc.facts_task import FactsTask
 from jaxmodels.vcc.mlm_task import MaskedLMTask
+from jaxmodels.vcc.roberta_qa_task import TASKS as QUESTIONS
 from jaxmodels.vcc.seq2seq_task import Seq2SeqTask
 
-TASKS: dict[str, type[Task]] = {"pydoc_facts": FactsTask, "text_lines": MaskedLMTask}
+TASKS: dict[str, type[Task]] = {
+    "pydoc_facts": FactsTask,
+    "text_lines": MaskedLMTask,
+    **QUESTIONS,
+}
 
 
 def make_task(config: Any) -> Task:

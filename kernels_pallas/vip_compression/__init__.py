@@ -6,7 +6,8 @@ from kernels_pallas.vip_compression.api import (
     leave,
     open_blocks,
     refine,
+    supports,
     write_back,
 )
 
-__all__ = ["BACKENDS", "enter", "leave", "open_blocks", "refine", "write_back"]
+__all__ = ["BACKENDS", "enter", "leave", "open_blocks", "refine", "supports", "write_back"]

@@ -216,6 +216,13 @@ def leave(
     return _leave(call, coarse, difference, mask.astype(jnp.float32))
 
 
+def supports(backend: str, block_size: int, d_model: int) -> bool:
+    """Returns whether blocks of that many tokens and that width fit the kernels of a backend."""
+    if backend == "xla":
+        return True
+    return (gpu if backend == "gpu" else tpu).supports(block_size, d_model)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _open(call: _Call, coarse: jax.Array, difference: jax.Array, index: jax.Array) -> Any:
     return call("refine", coarse, difference, index), coarse, difference
@@ -291,8 +298,8 @@ def _call(backend: str | None, batch_axes: tuple[str, ...], shape: tuple[int, ..
     """Returns how to run on a bank of this shape."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}, or None.")
-    module, fit = (gpu, "at most 128, times") if backend == "gpu" else (tpu, "multiples of 8 and")
-    if backend != "xla" and not module.supports(*shape[2:]):
+    fit = "at most 128, times" if backend == "gpu" else "multiples of 8 and"
+    if not supports("tpu" if backend is None else backend, *shape[2:]):
         if backend is not None:
             raise ValueError(
                 f"backend={backend!r}: blocks of {shape[2]} tokens x {shape[3]} do not fit its "

@@ -1,5 +1,8 @@
 """Exact match, F1, ROUGE and the stemmer under it, on values known from outside."""
 
+import json
+import pathlib
+
 import pytest
 
 from jaxmodels.data import porter_stemmer, rouge, text_metrics
@@ -128,3 +131,50 @@ def test_accuracy_is_the_share_of_equal_labels() -> None:
     assert text_metrics.accuracy([1, 2, 3, 3], [1, 2, 0, 3]) == 0.75
     with pytest.raises(ValueError, match="2 predictions and 1 labels"):
         text_metrics.accuracy([1, 2], [1])
+
+
+def lines(path: pathlib.Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_command_scores_lines_of_one_or_two_files(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prediction": "The cat.", "references": ["dog", "cat"]}]
+    rows += [{"prediction": "a red cow", "references": "red"}]
+    text_metrics.main([lines(tmp_path / "one", rows), "--metrics=exact_match,f1"])
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"exact_match": 0.5, "f1": round((1 + 2 / 3) / 2, 6), "count": 2.0}
+    made = lines(tmp_path / "made", [{"answer": "yes"}, {"answer": "no"}])
+    wanted = lines(tmp_path / "wanted", [{"output": "Yes!"}, {"output": "no"}])
+    flags = ["--prediction_field=answer", "--reference_field=output", "--metrics=rouge1"]
+    text_metrics.main([made, f"--references={wanted}", *flags])
+    assert json.loads(capsys.readouterr().out) == {"rouge1": 1.0, "count": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "words"),
+    [
+        ([{"prediction": "x"}], [], "line 1: no field 'references'; it has prediction"),
+        ([{"prediction": 3, "references": "x"}], [], "line 1: 'prediction' must be a text"),
+        ([{"prediction": "x", "references": []}], [], "a list of one text or more"),
+        ([["x"]], [], "line 1: an object is wanted"),
+        ([], [], "no predictions were scored"),
+        ([{"prediction": "x", "references": "x"}], ["--metrics=bleu"], "no metric is called"),
+        ([{"prediction": "x"}] * 2, ["--references=SHORT"], "ends before line 2"),
+        ([{"prediction": "x"}], ["--references=NONE"], "cannot be read as JSON lines"),
+    ],
+)
+def test_the_command_says_what_it_cannot_score(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[object],
+    flags: list[str],
+    words: str,
+) -> None:
+    short = lines(tmp_path / "short", [{"references": "x"}])
+    flags = [flag.replace("SHORT", short).replace("NONE", str(tmp_path / "no")) for flag in flags]
+    with pytest.raises(SystemExit) as leaving:
+        text_metrics.main([lines(tmp_path / "rows", rows), *flags])
+    assert leaving.value.code == 2 and words in capsys.readouterr().err

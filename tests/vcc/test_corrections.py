@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.vcc import compression
+from jaxmodels.vcc import compression, rows
 from tests.vcc import small, small_t5
 
 
@@ -16,7 +16,7 @@ def test_exact_counts_weigh_a_partly_padded_block_by_its_real_tokens(keep_all: b
     fine, rest = jnp.array([[1, 0]] * 2), jnp.array([[2, 3, 4, 5]] * 2)
     chosen = compression.Selection(jnp.zeros(()), jnp.zeros((2, 6)), fine, rest, jnp.ones((2, 6)))
     found, official = (
-        compression.gather_rows(
+        rows.gather_rows(
             state, layout, chosen, scale_correction=True, keep_all=keep_all, exact_counts=exact
         ).bias[:, -8:-4]  # blocks 2 to 5
         for exact in (True, False)

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,27 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import fields
+from configs import vcc as configs
 from jaxmodels.data.records import RecordError
 from jaxmodels.vcc.heads import HotpotQALogits
 from jaxmodels.vcc.roberta_qa_task import TASKS, ChoiceTask, HotpotQATask
-from tests.vcc import presets, published_files, small
+from jaxmodels.vcc.task import make_task
+from tests.train import runs
+from tests.vcc import published_files, small
+from train import main
 
 WORDS = "rome paris river old stone bridge north south market tower".split()
 
 
+TINY = {
+    **{"model.d_model": 16, "model.num_layers": 1, "model.layer_kinds": ("vcc",)},
+    **{"model.num_heads": 2, "model.d_ff": 32, "model.max_positions": 96, "model.num_vip": 48},
+    **{"model.num_fine_blocks": 2, "model.segment_length": 32, "model.vocab_size": 330},
+    **{"model.overflow": "error", "data.length": 96, "data.max_choices": 4, "batch_size": 3},
+}
+
+
+def tiny(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Fields that make a preset of questions small, on the files in `folder`."""
+    return TINY | {"data.path": str(folder), "data.dir": str(folder / "data"), "data.name": name}
+
+
 def a_config(folder: pathlib.Path, name: str, **changes: Any) -> Any:
-    """The tiny text preset with the fields of question answering."""
-    sizes = {"model__num_layers": 1, "model__layer_kinds": ("vcc",), "batch_size": 3}
-    config = presets.tiny_text(folder, data__files=(), **(sizes | changes))
-    with config.unlocked():
-        config.data.update(
-            {
-                "name": name, "path": str(folder), "shuffle": True, "max_choices": 4,
-                "part_types": True, "mark_context": False,
-            }
-        )  # fmt: skip
-        config.model.update({"num_vip": 48, "vocab_size": 330})
-    return config
+    """The WikiHop preset of those sizes; `__` in a keyword stands for the dot of a name."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    small = configs.PRESETS["roberta_base_wikihop"] | tiny(folder, name) | {"data.part_types": True}
+    return fields.build(configs.FIELDS, small | changes)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     rows = [published_files.HOTPOTQA | {"answer": a} for a in ("In Rome.", "yes", "no")]
     for name in ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"):
         (folder / name).write_text(json.dumps(rows))
+    question = {"question": "Who ran?", "options": list("abcd"), "gold_label": 2}
+    article = {"article": "A dog ran.", "questions": [question] * 3}
+    for split in ("train", "dev"):
+        file = folder / f"QuALITY.v1.0.1.htmlstripped.{split}"
+        file.write_text(json.dumps(article) + "\n")
     return folder
 
 
@@ -178,3 +194,46 @@ def test_settings_that_cannot_work_are_refused(folder: pathlib.Path) -> None:
     config.data.path = None
     with pytest.raises(ValueError, match="wikihop is read from its published files"):
         ChoiceTask(config).datasets("train")
+
+
+@pytest.fixture
+def quick_compiles() -> Iterator[None]:
+    """Compiles without optimisation: runs of two steps spend their time there."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_run_trains_on_the_users_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    steps = {"total_steps": 2, "optimizer.warmup_steps": 1, "log_every": 1, "eval_every": 0}
+    values = tiny(folder, "hotpotqa") | steps | {"checkpoint_every": 0, "model.layer_kinds": "vcc"}
+    flags = [f"--config.{field}={value}" for field, value in values.items()]
+    main.main(["--config=configs/vcc.py:roberta_base_hotpotqa", f"--workdir={tmp_path}", *flags])
+    assert [record["loss"] > 0 for record in runs.lines(tmp_path)] == [True, True]
+    (found,) = runs.lines(tmp_path, "validation")
+    assert 0 <= found["answer_accuracy"] <= 1 and found["sentence_loss"] > 0
+
+
+@pytest.mark.parametrize("preset", ["wikihop", "quality", "hotpotqa"])
+def test_presets_make_their_task_with_room_for_the_marks(folder: pathlib.Path, preset: str) -> None:
+    whole = configs.PRESETS[f"roberta_base_{preset}"]
+    task = make_task(fields.build(configs.FIELDS, whole))
+    marks = 6 if preset == "hotpotqa" else 4
+    assert task.trunk.vocab_size == 50_265 + marks
+    small = make_task(fields.build(configs.FIELDS, whole | tiny(folder, whole["data.name"])))
+    added = small.example.tokenizer.get_vocab_size(), small.trunk.vocab_size
+    assert added[0] <= added[1]
+    assert small.example.tokenizer.get_added_tokens_decoder().keys() >= set(
+        range(added[0] - marks, added[0])
+    )
+
+
+def test_vip_tokens_beyond_the_slots_are_demoted_as_in_the_official_code(
+    folder: pathlib.Path,
+) -> None:
+    config = a_config(folder, "wikihop", model__num_vip=6, model__overflow="demote")
+    batch = next(iter(ChoiceTask(config).datasets("train")))
+    assert (batch["vip_mask"].sum(1) > 6).all()  # the model keeps the first six
+    assert configs.get_config("roberta_base_wikihop").model.overflow == "demote"

@@ -114,8 +114,8 @@ class SparseLayer(blocks.TransformerLayer):
             side = self.global_norm(made)  # also where parameters are made
         if state is None:
             return parts(x, deterministic=deterministic)
-        if side is not None:
-            side = Keys(parts.keys(side), parts.values(side))
+        if side is not None:  # a text shorter than a block has none
+            side = Keys(parts.keys(side), parts.values(side)) if side.shape[1] else None
         query, key, value = parts.queries(x), parts.keys(x), parts.values(x)
         heads = Heads(query, key, value, self._front(key[:, :0]), side)
         drop = None
