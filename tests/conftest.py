@@ -23,6 +23,9 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+# Of the 65,530 that Linux allows. A compiled program has some for each of its kernels.
+_MOST_MAPS = 15_000
+
 # Settings of jax that tests or the trainer change; each is put back after every test.
 _RESTORED = (
     "jax_compilation_cache_dir",
@@ -74,6 +77,15 @@ def no_leaks() -> Iterator[None]:
     if dict(os.environ) != environment:
         os.environ.clear()
         os.environ.update(environment)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Lets compiled programs go before their memory maps reach what Linux allows a process."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

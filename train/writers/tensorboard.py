@@ -4,11 +4,15 @@ Its own writer hands events to a thread. When that meets a full disk it dies, th
 and training waits for it for ever. Here a failing write is an OSError where it happens.
 """
 
+import contextlib
+import functools
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from etils import epath
@@ -46,10 +50,9 @@ class TensorBoard:
         Raises:
           OSError: the disk does not take it.
         """
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        points = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
-        self._put(step=step, summary=Summary(value=points))
+        summary = _formats().Summary
+        points = [summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
+        self._put(step=step, summary=summary(value=points))
 
     def flush(self) -> None:
         """Makes the points so far outlive a crash of the machine, at once or soon."""
@@ -60,24 +63,48 @@ class TensorBoard:
         self._file.close()
 
     def _put(self, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        event = _formats().Event(wall_time=time.time(), **fields)
+        self._file.append(_framed(event.SerializeToString()))
 
-        self._file.append(_framed(Event(wall_time=time.time(), **fields).SerializeToString()))
+
+@functools.cache
+def _formats() -> SimpleNamespace:
+    """What we take from tensorboardX: three messages and a checksum."""
+    with _hidden("torch"):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import masked_crc32c
+    return SimpleNamespace(
+        Event=Event, SessionLog=SessionLog, Summary=Summary, checksum=masked_crc32c
+    )
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Lets the import of a module that nobody has imported yet fail inside.
+
+    tensorboardX imports PyTorch where it is installed, which costs every start some seconds.
+    """
+    hides = module not in sys.modules
+    if hides:
+        sys.modules[module] = None  # how the import system notes an absence
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[module]
 
 
 def _framed(data: bytes) -> bytes:
     """A record of the TFRecord format: length, data, and the checksum of each."""
-    from tensorboardX.record_writer import masked_crc32c
-
     head = struct.pack("<Q", len(data))
-    checks = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
+    checks = [struct.pack("<I", _formats().checksum(part)) for part in (head, data)]
     return head + checks[0] + data + checks[1]
 
 
 def _session_start() -> Any:
-    from tensorboardX.proto.event_pb2 import SessionLog
-
-    return SessionLog(status=SessionLog.START)
+    log = _formats().SessionLog
+    return log(status=log.START)
 
 
 def _next_stamp(folder: epath.Path) -> int:
