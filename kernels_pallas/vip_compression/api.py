@@ -7,6 +7,7 @@ bank of differences is one array, updated in place from layer to layer, as the b
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels_pallas.vip_compression import gpu, reference, tpu
+from kernels_pallas.vip_compression import reference
 
 # "xla" is plain JAX with the gradients of here; "interpret" runs the TPU kernels on any platform.
 BACKENDS = ("xla", "tpu", "gpu", "interpret")
@@ -36,8 +37,7 @@ class _Call:
             return plain(*arrays)
         if self.backend == "interpret":
             options["interpret"] = True
-        module = gpu if self.backend == "gpu" else tpu
-        kernel = functools.partial(getattr(module, name), **options)
+        kernel = functools.partial(getattr(_kernels(self.backend), name), **options)
         kernel = self._each_shard(kernel, arrays[0].shape[0])
         if self.backend is not None:
             return kernel(*arrays)
@@ -220,7 +220,13 @@ def supports(backend: str, block_size: int, d_model: int) -> bool:
     """Returns whether blocks of that many tokens and that width fit the kernels of a backend."""
     if backend == "xla":
         return True
-    return (gpu if backend == "gpu" else tpu).supports(block_size, d_model)
+    return _kernels(backend).supports(block_size, d_model)
+
+
+def _kernels(backend: str | None) -> Any:
+    """Returns the kernels of a backend; importing Pallas takes a second, so only where needed."""
+    name = "gpu" if backend == "gpu" else "tpu"
+    return importlib.import_module(f"kernels_pallas.vip_compression.{name}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels_pallas.weighted_attention import gpu, reference, tpu, xla
+from kernels_pallas.weighted_attention import gpu, reference, xla
 from kernels_pallas.weighted_attention.relative import RelativeBias, thresholds
 
 IMPLEMENTATIONS = ("tpu", "gpu", "chunked", "reference", "interpret")
@@ -75,6 +75,9 @@ def weighted_attention(
             chunk = xla.CHUNK.get(platform, xla.CHUNK_ELSEWHERE)
             compute_dtype = jnp.float32 if platform == "cpu" else None
             return xla.weighted_attention(*inputs, chunk=chunk, compute_dtype=compute_dtype)
+        # Importing Pallas takes a second: only where it is needed.
+        from kernels_pallas.weighted_attention import tpu
+
         return tpu.weighted_attention(*inputs, interpret=implementation == "interpret")
 
     return _each_shard(run, inputs, batch_axes)(*inputs)
