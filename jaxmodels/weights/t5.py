@@ -42,7 +42,7 @@ def _stack(
     block, ours = f"{name}.block.{{i}}.layer", f"{name}/layers"
     bias, *copies = (_bias_key(name, i) for i in range(repeated_bias))
     rules: list[Rule | Ignore] = [
-        Rule(bias, f"{name}/relative_bias/embedding", aliases=tuple(copies)),
+        Rule(bias, f"{name}/relative_bias/embedding", aliases=tuple(copies), copies=tuple(copies)),
         *norm(f"{name}.final_layer_norm", f"{name}/final_norm", bias=False),
     ]
     for i, attention in enumerate(attentions):
