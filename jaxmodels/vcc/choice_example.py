@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.data import cache_folder, checks, tokenizer
+from jaxmodels.data import checks, tokenizer
 from jaxmodels.vcc import qa_formats
 from jaxmodels.vcc.inputs import check_inputs
+from jaxmodels.vcc.tokenized import Tokenized
 
 MARKS = ("[question]", "[/question]", "[ent]", "[/ent]")
 NAMES = ("wikihop", "quality_articles")
@@ -40,7 +41,7 @@ class ChoiceSettings:
     shuffle: bool = True
 
 
-class ChoiceExample:
+class ChoiceExample(Tokenized):
     """The transform of a record into an example; travels to workers.
 
     An example is, int32: `input_ids`, `attention_mask`, `vip_mask`, `position_ids`,
@@ -48,7 +49,7 @@ class ChoiceExample:
     """
 
     def __init__(self, name: str, settings: ChoiceSettings, tokenizer_path: str) -> None:
-        """Keeps the settings; the tokenizer is opened on first use, in the worker itself.
+        """Keeps the settings.
 
         Args:
           name: "wikihop" or "quality_articles".
@@ -60,33 +61,14 @@ class ChoiceExample:
         """
         if name not in NAMES:
             raise ValueError(f"data set {name!r}: use one of {', '.join(NAMES)}")
-        self.name, self.settings, self.tokenizer_path = name, settings, tokenizer_path
-        self._tokenizer: Any = None
+        super().__init__(tokenizer_path, name=name, settings=dataclasses.asdict(settings))
+        self.name, self.settings = name, settings
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the examples, as JSON values."""
-        return {
-            "name": self.name,
-            "settings": dataclasses.asdict(self.settings),
-            "tokenizer_sha256": cache_folder.sha256(self.tokenizer_path),
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the opened tokenizer behind."""
-        return self.__dict__ | {"_tokenizer": None}
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, with the marks.
-
-        Raises:
-          ValueError: it cannot be used.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer.load(self.tokenizer_path)
-            self._tokenizer.add_tokens(list(MARKS))
-        return self._tokenizer
+    def open_tokenizer(self) -> Any:
+        """Returns RoBERTa's tokenizer with the marks."""
+        opened = tokenizer.load(self.tokenizer_path)
+        opened.add_tokens(list(MARKS))
+        return opened
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the arrays of one example.

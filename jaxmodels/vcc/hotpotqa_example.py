@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.core.losses import IGNORE
-from jaxmodels.data import cache_folder, checks, tokenizer
+from jaxmodels.data import checks, tokenizer
 from jaxmodels.vcc import qa_formats
 from jaxmodels.vcc.inputs import check_inputs
+from jaxmodels.vcc.tokenized import Tokenized
 
 ANSWER_TYPES = ("no", "yes", "span")
 
@@ -42,7 +43,7 @@ class HotpotQASettings:
     shuffle: bool = True
 
 
-class HotpotQAExample:
+class HotpotQAExample(Tokenized):
     """The transform of a record into an example; travels to workers.
 
     An example is, int32: `input_ids`, `attention_mask`, `vip_mask`, `position_ids`,
@@ -52,33 +53,15 @@ class HotpotQAExample:
     """
 
     def __init__(self, settings: HotpotQASettings, tokenizer_path: str) -> None:
-        """Keeps the settings; the tokenizer is opened on first use, in the worker itself."""
-        self.settings, self.tokenizer_path = settings, tokenizer_path
-        self._tokenizer: Any = None
+        """Keeps the settings."""
+        super().__init__(tokenizer_path, settings=dataclasses.asdict(settings))
+        self.settings = settings
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the examples, as JSON values."""
-        return {
-            "settings": dataclasses.asdict(self.settings),
-            "tokenizer_sha256": cache_folder.sha256(self.tokenizer_path),
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the opened tokenizer behind."""
-        return self.__dict__ | {"_tokenizer": None}
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, with the marks.
-
-        Raises:
-          ValueError: it cannot be used.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer.load(self.tokenizer_path)
-            self._tokenizer.add_tokens(list(qa_formats.HOTPOTQA_TOKENS))
-        return self._tokenizer
+    def open_tokenizer(self) -> Any:
+        """Returns RoBERTa's tokenizer with the marks."""
+        opened = tokenizer.load(self.tokenizer_path)
+        opened.add_tokens(list(qa_formats.HOTPOTQA_TOKENS))
+        return opened
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the arrays of one example.

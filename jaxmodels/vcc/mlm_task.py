@@ -9,13 +9,14 @@ import numpy as np
 
 from jaxmodels.core import params as param_tree
 from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
-from jaxmodels.data import cache_folder, checks, folders, pipeline, text_lines, tokenizer
+from jaxmodels.data import checks, folders, pipeline, text_lines, tokenizer
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import initialization, losses, settings
 from jaxmodels.vcc.inputs import check_inputs
 from jaxmodels.vcc.model import gather_tokens
 from jaxmodels.vcc.packed_text import PackedText
 from jaxmodels.vcc.permuted_mlm import MaskedLM, masked_lm_example
+from jaxmodels.vcc.tokenized import Tokenized
 
 TOP = 5  # predictions a mask that `predict` returns
 
@@ -235,33 +236,23 @@ class MaskedLMTask(Task):
         return {name: np.asarray(x, np.int32)[None] for name, x in batch.items()}, len(masks)
 
 
-class MaskedExample:
+class MaskedExample(Tokenized):
     """The random transform of a packed text into one training example; travels to workers."""
 
     def __init__(self, tokenizer_path: str, objective: MaskedLM, num_vip: int):
-        """Keeps the settings; the tokenizer is opened on first use, in the worker itself."""
-        self.tokenizer_path, self.objective, self.num_vip = tokenizer_path, objective, num_vip
-        self._bpe: Any = None
+        """Keeps the settings."""
+        super().__init__(tokenizer_path, objective=str(objective))
+        self.objective, self.num_vip = objective, num_vip
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the examples, as JSON values."""
-        return {
-            "objective": str(self.objective),
-            "tokenizer_sha256": cache_folder.sha256(self.tokenizer_path),
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the opened tokenizer behind."""
-        return self.__dict__ | {"_bpe": None}
+    def open_tokenizer(self) -> Any:
+        """Returns RoBERTa's tokenizer."""
+        return tokenizer.load(self.tokenizer_path)
 
     def __call__(self, record: dict[str, str], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the arrays of one example, all int32."""
-        if self._bpe is None:
-            self._bpe = tokenizer.load(self.tokenizer_path)
 
         def encode(sentence: str) -> list[int]:
-            return self._bpe.encode(sentence, add_special_tokens=False).ids
+            return self.tokenizer.encode(sentence, add_special_tokens=False).ids
 
         text = checks.check_text(record, "text")
         made = masked_lm_example(rng, text, encode, self.objective)

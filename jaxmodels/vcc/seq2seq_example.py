@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.core.losses import IGNORE
-from jaxmodels.data import cache_folder, t5_tokenizer
+from jaxmodels.data import t5_tokenizer
 from jaxmodels.vcc import qa_formats
 from jaxmodels.vcc.inputs import check_inputs
+from jaxmodels.vcc.tokenized import Tokenized
 
 _LOG = logging.getLogger(__name__)
 _POLICIES = ("error", "warn")
@@ -50,7 +51,7 @@ class Seq2SeqSettings:
                 )
 
 
-class Seq2SeqExample:
+class Seq2SeqExample(Tokenized):
     """The transform of a record into an example; travels to workers.
 
     An example is `input_ids`, `attention_mask`, `vip_mask` [n] and `labels` [T], int32; labels that
@@ -65,7 +66,7 @@ class Seq2SeqExample:
         *,
         numbered: bool = False,
     ) -> None:
-        """Keeps the settings; the tokenizer is opened on first use, in the worker itself.
+        """Keeps the settings.
 
         Args:
           format_name: see `qa_formats.FORMATS`.
@@ -77,35 +78,14 @@ class Seq2SeqExample:
           ValueError: no format of that name.
         """
         qa_formats.get_format(format_name)
-        self.format_name, self.settings = format_name, settings
-        self.tokenizer_path, self.numbered = tokenizer_path, numbered
-        self._tokenizer: Any = None
+        super().__init__(tokenizer_path, format=format_name, settings=dataclasses.asdict(settings))
+        self.format_name, self.settings, self.numbered = format_name, settings, numbered
         self._warned = False
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the examples, as JSON values."""
-        return {
-            "format": self.format_name,
-            "settings": dataclasses.asdict(self.settings),
-            "tokenizer_sha256": cache_folder.sha256(self.tokenizer_path),
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the opened tokenizer behind."""
-        return self.__dict__ | {"_tokenizer": None}
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, with the format's own tokens.
-
-        Raises:
-          ValueError: it cannot be used.
-        """
-        if self._tokenizer is None:
-            added = qa_formats.get_format(self.format_name).added_tokens
-            self._tokenizer = t5_tokenizer.load(self.tokenizer_path, added)
-        return self._tokenizer
+    def open_tokenizer(self) -> Any:
+        """Returns T5's tokenizer with the format's own tokens."""
+        added = qa_formats.get_format(self.format_name).added_tokens
+        return t5_tokenizer.load(self.tokenizer_path, added)
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the arrays of one example.

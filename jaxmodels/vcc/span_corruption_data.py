@@ -24,33 +24,26 @@ from jaxmodels.data import (
 from jaxmodels.vcc.inputs import check_inputs
 from jaxmodels.vcc.packed_text import PackedText
 from jaxmodels.vcc.span_corruption import SpanCorruption, span_corruption_batch
+from jaxmodels.vcc.tokenized import Tokenized
 
 
-class SpanCorruptionExample:
+class SpanCorruptionExample(Tokenized):
     """The random transform of a packed text into one example; travels to workers."""
 
     def __init__(self, tokenizer_path: str, settings: SpanCorruption, num_vip: int | None) -> None:
-        """Keeps the settings; the tokenizer is opened on first use, in the worker itself.
+        """Keeps the settings.
 
         Args:
           tokenizer_path: T5's tokenizer.json.
           settings: lengths, density and ids.
           num_vip: VIP slots of the model; None: it has none.
         """
-        self.tokenizer_path, self.settings, self.num_vip = tokenizer_path, settings, num_vip
-        self._tokenizer: Any = None
+        super().__init__(tokenizer_path, objective=dataclasses.asdict(settings))
+        self.settings, self.num_vip = settings, num_vip
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the examples, as JSON values."""
-        return {
-            "objective": dataclasses.asdict(self.settings),
-            "tokenizer_sha256": cache_folder.sha256(self.tokenizer_path),
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the opened tokenizer behind."""
-        return self.__dict__ | {"_tokenizer": None}
+    def open_tokenizer(self) -> Any:
+        """Returns T5's tokenizer."""
+        return t5_tokenizer.load(self.tokenizer_path)
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the arrays of one example.
@@ -58,10 +51,8 @@ class SpanCorruptionExample:
         Raises:
           ValueError: the record has no text.
         """
-        if self._tokenizer is None:
-            self._tokenizer = t5_tokenizer.load(self.tokenizer_path)
         text = checks.check_text(record, "text")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         made = {
             name: array[0]
             for name, array in span_corruption_batch(rng, [ids], self.settings).items()
