@@ -8,11 +8,12 @@ BENCHMARKS := $(basename $(notdir $(shell grep -l '^if __name__ == "__main__"' b
 BENCHMARKS := $(filter-out vcc_demo,$(BENCHMARKS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cuda-compile lint format bench clean setup-demo setup-test
+.PHONY: help demo test test-long test-cuda-compile lint format bench clean setup-demo setup-test
 
 help:
 	@echo "make demo    train VCC and its dense twin on long real text; ends with a table and runs/demo/report.html"
-	@echo "make test    lint, then every test (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
+	@echo "make test    lint, then the tests (PYTEST_ARGS='-m \"not slow and not long\"' for the fast ones)"
+	@echo "make test-long  before a release: trainings to the end, kills by the dozen, every further size"
 	@echo "make test-cuda-compile  compile the kernels for an H200, without one (sets up .venv-cuda, 5 GB)"
 	@echo "make lint    ruff, the import floors, the size and cycle bars"
 	@echo "make format  let ruff rewrite the layout of the code"
@@ -41,8 +42,11 @@ test-cuda-compile:
 test: setup-test
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(PY) -m pytest $(PYTEST_ARGS) || status=1; \
+	$(PY) -m pytest -m "not long" $(PYTEST_ARGS) || status=1; \
 	exit $$status
+
+test-long: setup-test
+	@$(PY) -m pytest -m long $(PYTEST_ARGS)
 
 lint: setup-test
 	@status=0; \

@@ -181,7 +181,7 @@ TOY = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_like_one_never_stopped(tmp_path):
     said = []
     outcomes = resume.measure_resumes(TOY, tmp_path, trials=3, seed=1, chain=2, say=said.append)
@@ -191,7 +191,7 @@ def test_killed_runs_end_like_one_never_stopped(tmp_path):
     assert not list(tmp_path.glob("killed*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_ends_before_its_moment_is_no_trial(tmp_path):
     run = killed_runs.Run(TOY, tmp_path / "run")
     life = killed_runs.finish(run)

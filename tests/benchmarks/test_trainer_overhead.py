@@ -108,7 +108,7 @@ def test_the_saved_state_is_large():
     assert params.count(plan.abstract.trainable) > 10e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_start_is_timed_by_its_lines(tmp_path):
     flags = ["--config=tests/train/toy_config.py:quickstart", "--config.optimizer.warmup_steps=1"]
     start = overhead_starts.measure_start(flags, tmp_path / "run", tmp_path / "cache")

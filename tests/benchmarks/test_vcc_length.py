@@ -79,7 +79,7 @@ def rows():
     return vcc_length.measure_lengths([256, 512], parts=["layer"], budget_s=300.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_rows_are_complete(rows, tmp_path):
     assert [(row["n"], row["side"]) for row in rows] == [
         *((256, "vcc"), (256, "dense")),

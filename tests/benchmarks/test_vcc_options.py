@@ -15,7 +15,7 @@ TINY = dataclasses.replace(small_t5.RELU, num_layers=3)
 VCC = VccConfig(layer_kinds(1, 2), num_vip=4, block_size=4, num_fine_blocks=8, segment_length=8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_kept_document_gives_what_is_encoded_together() -> None:
     found = []
     for side in vcc_options.SIDES["questions"]:
@@ -36,7 +36,7 @@ def rows() -> list:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_are_complete_and_a_share_opens_fewer(rows: list) -> None:
     assert [row["side"] for row in rows] == ["exact", "half of the attention"]
     assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in rows)

@@ -34,7 +34,7 @@ def test_one_layer_of_t5_is_refused() -> None:
         vcc_programs.make_program("layer", "vcc", *sizes, 64)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vcc_ours_and_pytorch_are_timed_on_the_same_weights() -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ def test_vcc_ours_and_pytorch_are_timed_on_the_same_weights() -> None:
     assert "dense, PyTorch" in vcc_vs_torch.table(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_tpus_compiler_tells_memory_and_bytes_of_each_side(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("libtpu")
     sizes = ["--preset=t5_quickstart", "--lengths=256", f"--out={tmp_path}"]

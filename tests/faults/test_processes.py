@@ -43,6 +43,7 @@ def whole(tmp_path_factory):
     return reference.workdir(reference.two(tmp_path_factory))
 
 
+@pytest.mark.long
 def test_f02_sigterm_to_one_of_two_stops_both_at_one_step_and_reruns_are_bit_equal(whole, tmp_path):
     with started(tmp_path, SLOW, extra={1: ["--signal=step-3:SIGTERM"]}) as group:
         assert group.wait() == [143, 143], group.logs()
@@ -64,6 +65,7 @@ def test_f02_sigterm_to_one_of_two_stops_both_at_one_step_and_reruns_are_bit_equ
     assert found == wanted
 
 
+@pytest.mark.long
 def test_f03_a_second_sigterm_during_the_save_harms_no_step(whole, tmp_path):
     signals = ["--signal=save-2:SIGTERM", "--signal=stopping:SIGTERM"]
     with started(tmp_path, SLOW, "--hold=2", extra={1: signals}) as group:
@@ -74,7 +76,7 @@ def test_f03_a_second_sigterm_during_the_save_harms_no_step(whole, tmp_path):
     continue_alone(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_f31_a_killed_process_ends_the_other_and_the_run_resumes(victim, whole, tmp_path):
     # its call 16 is step 14 (an evaluation is two): step 12 was saved after 6 was whole
     extra = {victim: ["--signal=step-16:SIGKILL"]}
@@ -108,6 +110,7 @@ def test_f30_a_process_that_never_comes(tmp_path):
     assert no_traces(group) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_f30_flags_that_contradict_one_another_are_wrong_usage(tmp_path):
     bad = {0: ["--process_id=2"], 1: ["--coordinator_address=nowhere"]}
     with started(tmp_path, extra=bad) as group:

@@ -70,13 +70,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[float, ..
     return runs.curve(root / "run")
 
 
+LATE = r"no batch for \d+ s .*waiting for batch \d from data worker \d of 2 \(pid \d+\)"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         ("kill", r"data worker \d of 2 \(pid \d+\): was ended by SIGKILL"),
-        ("stop", r"no batch for \d+ s .*waiting for batch \d from data worker \d of 2 \(pid \d+\)"),
-        ("hang", r"no batch for \d+ s .*waiting for batch \d from data worker \d of 2 \(pid \d+\)"),
+        pytest.param("stop", LATE, marks=pytest.mark.long),
+        ("hang", LATE),
     ],
     ids=["kill", "stop", "hang"],
 )

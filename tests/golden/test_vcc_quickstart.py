@@ -29,6 +29,7 @@ def run(request: pytest.FixtureRequest) -> tuple[str, list[float], int]:
     return text, *record.losses(config, task)
 
 
+@pytest.mark.long
 def test_quickstart_losses_are_those_recorded(run: tuple[str, list[float], int]) -> None:
     text, found, _ = run
     entry = record.stored()[text]

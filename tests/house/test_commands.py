@@ -94,6 +94,7 @@ def test_setup_passes_over_a_python3_that_is_too_old(clone):
     assert done.returncode == 1 and "is not a virtual environment" in done.stderr
 
 
+@pytest.mark.long
 def test_setup_without_the_index_explains_itself_and_is_redone(clone):
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_TIMEOUT": "2"}
     done = _setup(clone, ".venv", "data", sys.executable, **nowhere)

@@ -52,11 +52,12 @@ def each_kernel(target, backend):
             yield shape, bank, both, name, program
 
 
+V5P = pytest.param("v5p:1x1x1", marks=pytest.mark.long)
 IN_PLACE = ("write_back", "refine_back", "write_back_back")
 
 
 @needs_libtpu
-@pytest.mark.parametrize("target", ["v5e:1x1", "v5p:1x1x1"])
+@pytest.mark.parametrize("target", ["v5e:1x1", V5P])
 def test_every_kernel_compiles_and_updates_the_banks_in_place(target):
     for shape, bank, both, name, program in each_kernel(target, "tpu"):
         assert program["custom_calls"] == 1, (shape, name)
@@ -69,7 +70,7 @@ def test_every_kernel_compiles_and_updates_the_banks_in_place(target):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("target", ["v5e:1x1", "v5p:1x1x1"])
+@pytest.mark.parametrize("target", ["v5e:1x1", V5P])
 def test_a_loop_over_layers_copies_no_bank(target):
     found = compiled(target, "tpu", "forward", "backward")
     batch, blocks, size, d, _ = programs.LOOP
@@ -80,6 +81,7 @@ def test_a_loop_over_layers_copies_no_bank(target):
     assert found["backward"]["aliased"] == 2 * banks  # the states and their cotangents
 
 
+@pytest.mark.long
 @needs_libtpu
 def test_a_bank_that_is_not_pinned_is_carried_onto_the_chip_and_back_in_every_layer():
     """Why the kernels pin it; and what the test above looks for exists, and is found."""

@@ -110,7 +110,7 @@ def test_tpu_kernels_in_bfloat16_equal_the_reference():
     check(functools.partial(attention, implementation="interpret"), inputs, None, g, BFLOAT16)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("length", "width", "far", "dtype"),
     [(700, 128, 1, jnp.bfloat16), (513, 64, 100, jnp.float32), (1, 64, 1, jnp.float32)],

@@ -46,7 +46,7 @@ def one(places, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("kind", ["file", "converted"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("converted", marks=pytest.mark.long)])
 def test_two_processes_start_from_published_weights_as_one(kind, places, one, tmp_path):
     flags = (*MESH, f"--config.init_from={places[kind]}", f"--workdir={tmp_path}/run")
     group = launcher.run(2, tmp_path, *PUBLISHED, *flags, devices=2, **reference.CACHE)
@@ -66,6 +66,7 @@ def test_two_processes_start_from_published_weights_as_one(kind, places, one, tm
     np.testing.assert_array_equal(found["embedding/table"], published)
 
 
+@pytest.mark.long
 def test_processes_that_have_other_weights_under_one_name_are_refused(tmp_path):
     homes = [tmp_path / "0", tmp_path / "1"]
     for home, dtype in zip(homes, (np.float32, np.float16), strict=True):

@@ -184,7 +184,7 @@ def many_saves(workdir, count):
     return cases.names(workdir / "checkpoints"), *grown
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_f43_a_thousand_tiny_saves_leave_nothing_behind(tmp_path, count):
     left, threads, files = many_saves(tmp_path, count)
     assert sorted(map(int, left)) == [count - 1, count]

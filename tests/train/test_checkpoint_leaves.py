@@ -114,7 +114,7 @@ def test_a_state_of_nothing_but_empty_leaves_comes_back():
     comes_back(cases.state(1, trainable={"a": jnp.zeros((0, 3))}, frozen={"b": jnp.zeros(0)}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_f43_twenty_thousand_leaves_take_seconds(tmp_path):
     """One by one orbax takes 20 s to write and as long to read them."""
     values = np.random.default_rng(0).standard_normal((20_000, 3)).astype(np.float32)

@@ -137,7 +137,7 @@ def programs(command: str, output, *flags: str) -> list:
             ),
             marks=pytest.mark.slow,
         ),
-        pytest.param(SMALL_VCC, marks=pytest.mark.slow),
+        pytest.param(SMALL_VCC, marks=pytest.mark.long),
     ],
     ids=["toy", "toy on 2x4", "vcc"],
 )

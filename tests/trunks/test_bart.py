@@ -97,7 +97,7 @@ def test_shift_right_puts_the_start_token_in_front_and_padding_for_ignored_label
     np.testing.assert_array_equal(bart.shift_right(labels, 0, 9), [[0, 5, 6], [0, 7, 9]])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_weight_delta_hook_equals_changed_kernels_in_both_stacks() -> None:
     group = (hooks.LayerHooks(hook_cases.Delta(16), 1),)
     config = dataclasses.replace(TINY, encoder_hooks=group, decoder_hooks=group)
@@ -116,7 +116,7 @@ def test_a_weight_delta_hook_equals_changed_kernels_in_both_stacks() -> None:
     np.testing.assert_allclose(steps, found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_joins_before_the_norm_and_a_prefix_reaches_both_attentions() -> None:
     encoder = (hooks.LayerHooks(hook_cases.Bottleneck()),)
     decoder = (hooks.LayerHooks(hook_cases.Prefix(2), 2),)

@@ -189,7 +189,7 @@ def test_a_weight_delta_hook_equals_changed_kernels() -> None:
     np.testing.assert_allclose(steps, found[:, 5:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_of_past_keys_and_values_equals_the_tokens_they_are_of(kind: str) -> None:
     base, plain = started(KINDS[kind])
@@ -255,7 +255,7 @@ def test_gpt2_starts_the_last_projections_of_branches_smaller() -> None:
     assert spreads(jax.random.key(0)) == pytest.approx([0.005, 0.005, 0.02], rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_reaches_every_parameter_and_remat_changes_nothing(kind: str) -> None:
     grads = []

@@ -1,4 +1,4 @@
-"""Run by test_mesh.py with eight simulated devices: a few VCC training steps on every mesh."""
+"""Run by test_mesh.py with eight simulated devices: a few VCC training steps on meshes named."""
 
 import contextlib
 import json
@@ -48,5 +48,6 @@ def losses(node: int, device: int, data_dir: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    meshes = ((1, 1), (1, 8), (2, 4), (8, 1))
-    print(json.dumps({f"{n}x{d}": losses(n, d, sys.argv[1]) for n, d in meshes}))
+    folder, *meshes = sys.argv[1:]
+    shapes = {mesh: tuple(map(int, mesh.split("x"))) for mesh in meshes}
+    print(json.dumps({mesh: losses(*shape, folder) for mesh, shape in shapes.items()}))

@@ -77,7 +77,7 @@ def test_all_blocks_open_is_dense_attention(n: int, real: int, kinds: tuple[str,
     assert relative(found[:, :real], expected[:, :real]) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_block_sizes_agree_where_all_blocks_are_open() -> None:
     config = small.trunk()
     x, mask, vip = small.states(1, 260, 250)
@@ -153,7 +153,7 @@ def test_random_selection_ignores_scores_and_takes_padding_last() -> None:
     chex.assert_trees_all_equal(quiet, other)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exploration_needs_an_rng_and_leaves_the_others_alone() -> None:
     config = small.trunk(num_layers=1)
     params, (x, mask, vip) = small.layer_params(config), small.states(32, 84)
@@ -218,7 +218,7 @@ def test_program_does_not_grow_with_depth(kind: str) -> None:
     assert sizes[0] == sizes[1] > 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mixed_arrangements_run_each_layer_as_its_kind_says() -> None:
     config = small.trunk(num_layers=5)
     params, (x, mask, vip) = small.layer_params(config), small.states(real=25)

@@ -66,7 +66,12 @@ def quick_compiles() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "trunk"),
-    [("window", "t5"), ("longt5", "t5"), ("longt5", "roberta"), ("bigbird", "roberta")],
+    [
+        ("longt5", "t5"),
+        ("bigbird", "roberta"),
+        pytest.param("window", "t5", marks=pytest.mark.long),
+        pytest.param("longt5", "roberta", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.usefixtures("quick_compiles")
 def test_a_run_trains_with_each_sparse_attention(

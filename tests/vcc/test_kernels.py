@@ -48,8 +48,15 @@ def parameters(config: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "changes"),
-    [(ROBERTA, {"layout": "gather"}), (dataclasses.replace(T5, remat="full"), {})],
-    ids=["roberta, gather", "t5, static, recomputed"],
+    [
+        pytest.param(ROBERTA, {"layout": "gather"}, id="roberta, gather"),
+        pytest.param(
+            dataclasses.replace(T5, remat="full"),
+            {},
+            id="t5, static, recomputed",
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def test_kernels_give_values_and_gradients_of_plain_layers(config: Any, changes: dict) -> None:
     given = small.states(1, 40, 37, width=128)

@@ -76,8 +76,8 @@ def kept_by_whole_layer_remat() -> int:
     return size - sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in own)
 
 
+@pytest.mark.long
 @needs_libtpu
-@pytest.mark.slow
 def test_training_at_128k_tokens_fits_where_whole_layer_remat_keeps_a_bank_a_layer() -> None:
     made = compiled("v5e:1x1", "long")["long"]
     kept = kept_by_whole_layer_remat()

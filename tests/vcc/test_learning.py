@@ -27,6 +27,7 @@ def _evaluate(workdir: Path, **overrides: str) -> dict[str, Any]:
     return Evaluation(run.task, run.mesh).run(run.params)["validation"]
 
 
+@pytest.mark.long
 def test_the_quickstart_looks_facts_up_and_opens_their_blocks(trained: Path) -> None:
     run = open_run(trained)
     length = run.config.data.length
@@ -36,6 +37,7 @@ def test_the_quickstart_looks_facts_up_and_opens_their_blocks(trained: Path) -> 
     assert found["recall_vcc2"] > 0.95
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("control", [{"model.num_fine_blocks": "0"}, {"model.selector": "random"}])
 def test_without_its_selection_the_same_model_fails(trained: Path, control: dict[str, str]) -> None:
     assert _evaluate(trained, **control)["accuracy"] < 0.6

@@ -75,7 +75,7 @@ def test_slots_left_over_change_nothing_forward_or_backward() -> None:
     assert [len(layer) for layer in opened.block_ranges(trace, small.vcc())] == [1, 1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("keep", ["static", "gather"])
 def test_shared_blocks_stay_open_as_if_closed_and_opened_again(keep: str) -> None:
     settings = small.vcc(layout=keep)
@@ -137,7 +137,7 @@ def logits(model: VccT5, given: dict, labels: jax.Array) -> jax.Array:
     return call()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_decoder_reads_the_rows_as_it_reads_the_tokens_where_all_are_open() -> None:
     given, labels = small_t5.inputs(real=25), jnp.array([[0, 3, 7]] * 2)
     tokens, rows = (
@@ -208,7 +208,7 @@ def test_a_question_that_fills_slots_and_segments_is_no_different_apart() -> Non
     assert relative(found * real, expected * real) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_generator_answers_from_a_document() -> None:
     settings = small.vcc(question_apart=True)
     given = small_t5.inputs(2, 28)

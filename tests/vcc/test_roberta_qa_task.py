@@ -204,7 +204,7 @@ def quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_compiles")
 def test_a_run_trains_on_the_users_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     steps = {"total_steps": 2, "optimizer.warmup_steps": 1, "log_every": 1, "eval_every": 0}

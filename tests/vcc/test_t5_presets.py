@@ -99,7 +99,7 @@ def test_flops_of_the_traced_encoder_are_those_of_the_formula(preset: str) -> No
     assert traced(preset) == pytest.approx(formula(preset), rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("preset", [name for name in vcc_t5.PRESETS if name != "quickstart"])
 def test_flops_of_every_traced_preset_are_those_of_the_formula(preset: str) -> None:
     assert traced(preset) == pytest.approx(formula(preset), rel=0.02)
