@@ -306,7 +306,17 @@ COMMON: dict[str, Field] = {
     "log_every": Field(10, "steps between lines of the log", positive, may_change=True),
     "warm_start": Field(None, "workdir or checkpoint whose weights alone training takes", kind=str),
     "init_from": Field(
-        None, "published weights to start from: a converted folder, or a file of them", kind=str
+        None,
+        "weights to start from: a converted folder, a published file, or a run (its trunk, where "
+        "the heads differ)",
+        kind=str,
+    ),
+    "init_rows": Field(
+        (),
+        "tables with more rows than init_from's, as LEAF=repeat|fresh|new: repeat its rows, keep "
+        "fresh further ones, or take none",
+        each(matching(r"[^=\s]+=(repeat|fresh|new)", "LEAF=repeat, LEAF=fresh or LEAF=new")),
+        items=str,
     ),
     "on_nonfinite": Field(
         "stop",

@@ -13,6 +13,9 @@ Presets (section 7 of the paper's own configurations):
 The masked-LM presets train on --config.data.files=FILE,... (text; jsonl with --config.data.field),
 the three of questions on the published files in --config.data.path=FOLDER.
 
+A 512-token pre-norm run becomes the start of a 4,096-token one with --config.init_from=WORKDIR and
+--config.init_rows=position/embedding=repeat,token_type/embedding=new.
+
 --config.model.encoder puts another attention into any of them: dense, or a sparse baseline (window,
 longt5, longt5_local, bigbird; their sizes are the fields model.sparse.*).
 """

@@ -5,7 +5,8 @@ Presets (section 7 of the paper's own configurations; SIZE is base, large or 3b)
                        (minutes on a CPU; telling several facts apart takes far longer).
   t5_SIZE_pretrain     span corruption at 4,096 tokens: --config.data.files or --config.data.tfds.
   t5_SIZE_DATA         fine-tuning; SCROLLS' small sets at batch 32, 3e-4, 20 epochs of their grid.
-Start from public weights with --config.init_from=FOLDER, name T5's tokenizer.json with
+Start from public weights with --config.init_from=FOLDER (and, where model.vocab_size is larger than
+theirs, --config.init_rows=shared/embedding=fresh), name T5's tokenizer.json with
 --config.data.tokenizer=FILE and a data set's own files with --config.data.path=FOLDER.
 --config.model.encoder=dense, window (LED), longt5, longt5_local or bigbird puts another attention
 into the encoder of any of them; sizes are the fields model.sparse.*.

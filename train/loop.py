@@ -198,12 +198,14 @@ def _with_published(task: Task, config: ConfigDict, mesh: Mesh, plan: Layout) ->
     if config.warm_start is not None:
         raise UsageError("init_from and warm_start both say what training starts from: give one")
     found = distributed.together(
-        lambda: init_from.load(config.init_from, plan.abstract.params)  # before any compilation
+        lambda: init_from.load(  # before any compilation
+            config.init_from, plan.abstract.params, config.init_rows
+        )
     )
     # On disks of their own, processes may have read different ones.
     distributed.same_everywhere("init_from", {"weights": found.digest[:12]})
     state = state_lib.create(task, config, mesh, plan)
-    trainable, frozen = state_lib.split(init_from.filled(state.params, found.placed), plan.groups)
+    trainable, frozen = state_lib.split(init_from.filled(state.params, found), plan.groups)
     _say(found.line)
     return dataclasses.replace(state, trainable=trainable, frozen=frozen)
 

@@ -47,7 +47,8 @@ class MaskedLMTask(Task):
         if data.length > self.trunk.max_positions:
             raise ValueError(
                 f"data.length={data.length} exceeds model.max_positions="
-                f"{self.trunk.max_positions}; shorten the sequences or raise it."
+                f"{self.trunk.max_positions}; shorten the sequences or raise it "
+                "(--config.init_rows=position/embedding=repeat fits a shorter published table)."
             )
         if config.model.positions != "text":
             raise ValueError("model.positions=segment is for pydoc_facts; text_lines needs 'text'.")

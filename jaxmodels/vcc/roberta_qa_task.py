@@ -45,7 +45,8 @@ class RobertaQATask(Task):
         if config.data.length > self.trunk.max_positions:
             raise ValueError(
                 f"data.length={config.data.length} exceeds model.max_positions="
-                f"{self.trunk.max_positions}; shorten the sequences or raise it."
+                f"{self.trunk.max_positions}; shorten the sequences or raise it "
+                "(--config.init_rows=position/embedding=repeat fits a shorter published table)."
             )
 
         if config.model.positions != "text":

@@ -1,16 +1,21 @@
 """Published weights start a run: placed whole, cast, the rest fresh; what does not fit is named."""
 
+import chex
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxmodels import weights
 from jaxmodels.core import params as params_lib
+from jaxmodels.core import partitioning
 from jaxmodels.weights import families
+from tests.train import checkpoint_cases as cases
 from tests.train import runs, toy_config, toy_weights
 from train import init_from
-from train.errors import UsageError
+from train.checkpoint import Checkpoints
+from train.errors import CheckpointError, UsageError
 from train.loop import train
 from train.trained import open_run
 
@@ -77,7 +82,7 @@ def test_frozen_parameters_take_published_weights_too(tmp_path) -> None:
 
 def test_a_trunk_is_found_under_trunk(tmp_path) -> None:
     tensors = published(tmp_path / "m.safetensors")
-    placed, line, _ = init_from.load(tmp_path / "m.safetensors", abstract(root="trunk/"))
+    placed, line, *_ = init_from.load(tmp_path / "m.safetensors", abstract(root="trunk/"))
     assert sorted(placed) == ["trunk/embedding/table", "trunk/hidden/bias", "trunk/hidden/kernel"]
     assert "3 parameters under trunk; 1 stay fresh: out/kernel" in line
     np.testing.assert_array_equal(placed["trunk/hidden/bias"], tensors["fc.bias"])
@@ -126,6 +131,95 @@ def test_another_size_is_refused_by_name_before_anything_is_read(tmp_path, monke
         with pytest.raises(UsageError, match=f"init_from={place}: weights of another size") as e:
             init_from.load(place, abstract())
         assert "hidden/kernel is [32, 32], wanted [64, 64]" in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["file", "converted"])
+@pytest.mark.parametrize("fill", ["repeat", "fresh", "new"])
+def test_a_table_of_fewer_rows_is_filled_up_as_asked(tmp_path, capsys, kind, fill) -> None:
+    place = tmp_path / "model.safetensors"
+    tensors = published(place, rows=30)
+    if kind == "converted":
+        place = weights.convert(place, tmp_path / "converted").path
+    config = short(init_from=str(place), init_rows=(f"table={fill}",))
+    train(config, tmp_path / "run", toy_config.FIELDS)
+    assert f"rows: embedding/table 30 -> 64 ({fill}); 2 stay fresh" in capsys.readouterr().out
+    train(short(), tmp_path / "fresh", toy_config.FIELDS)
+    own = np.asarray(open_run(tmp_path / "fresh").params["embedding"]["table"])
+    rows = tensors["wte.weight"]
+    wanted = {
+        # 28 rows from the third on, again and again: RoBERTa's first two stand for no position
+        "repeat": np.concatenate([rows, rows[2:], rows[2:8]]),
+        "fresh": np.concatenate([rows, own[30:]]),
+        "new": own,
+    }[fill]
+    found = open_run(tmp_path / "run").params["embedding"]["table"]
+    np.testing.assert_allclose(found, wanted, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/2"])
+def test_a_run_with_other_heads_gives_its_trunk(tmp_path, place) -> None:
+    trunk = {"embedding": {"table": np.full((30, WIDTH), 2.0, np.float32)}}
+    head = {"bias": np.ones(7, np.float32)}
+    frozen = {"trunk": {"hidden": {"kernel": np.eye(WIDTH, dtype=np.float32)}}}
+    trainable = jax.tree.map(jnp.asarray, {"trunk": trunk, "old_head": head})
+    with Checkpoints(tmp_path) as saved:
+        saved.save(2, cases.state(2, trainable=trainable, frozen=frozen), {})
+    model = abstract(root="trunk/")
+    found = init_from.load(tmp_path / place, model, ("table=repeat",))
+    assert "(step 2 of a run): 1 parameters at the root; rows: trunk/embedding" in found.line
+    assert "2 stay fresh: out/kernel, trunk/hidden/bias; 1 are left out: old_head" in found.line
+    own = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), model)
+    params = init_from.filled(own, found)
+    np.testing.assert_array_equal(params["trunk"]["embedding"]["table"], 2.0)
+    np.testing.assert_array_equal(params["trunk"]["hidden"]["kernel"], np.eye(WIDTH))
+    np.testing.assert_array_equal(params["out"]["kernel"], 0.0)
+
+
+def test_a_run_gives_all_it_has_where_all_has_a_place(tmp_path) -> None:
+    train(short(), tmp_path / "first", toy_config.FIELDS)
+    train(short(init_from=str(tmp_path / "first")), tmp_path / "second", toy_config.FIELDS)
+    chex.assert_trees_all_close(
+        open_run(tmp_path / "second").params, open_run(tmp_path / "first").params, atol=1e-9
+    )
+
+
+def test_a_damaged_run_is_named(tmp_path) -> None:
+    train(short(), tmp_path / "first", toy_config.FIELDS)
+    for file in (tmp_path / "first" / "checkpoints" / "1" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="checkpoint 1 .* is damaged"):
+        train(short(init_from=str(tmp_path / "first")), tmp_path / "second", toy_config.FIELDS)
+
+
+def test_a_split_table_is_filled_up_where_it_lies(tmp_path) -> None:
+    tensors = published(tmp_path / "m.safetensors", rows=30)
+    mesh = partitioning.make_mesh(1, 1, jax.devices()[:1])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+    model = abstract(sharding=sharding)
+    found = init_from.load(tmp_path / "m.safetensors", model, ("embedding/table=fresh",))
+    own = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape), leaf.sharding), model)
+    table = init_from.filled(own, found)["embedding"]["table"]
+    assert table.sharding == sharding
+    np.testing.assert_array_equal(table[:30], tensors["wte.weight"])
+    np.testing.assert_array_equal(table[30:], 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "said"),
+    [
+        (30, (), "--config.init_rows=embedding/table=repeat|fresh|new fills up a table"),
+        (30, ("tables=new",), "'tables' is no leaf of it; the file has embedding/table, hidden"),
+        (30, ("table=mean",), "'table=mean': accepted is LEAF=repeat|fresh|new"),
+        (65, ("table=fresh",), "only a table with fewer rows can be filled up"),
+        (64, ("kernel=fresh", "bias=fresh", "table=no"), "accepted is LEAF="),
+    ],
+)
+def test_rows_that_cannot_be_filled_up_are_told(tmp_path, rows, given, said) -> None:
+    published(tmp_path / "m.safetensors", rows=rows)
+    with pytest.raises(UsageError) as error:
+        init_from.load(tmp_path / "m.safetensors", abstract(), given)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_no_weights_file_is_refused_before_compiling(tmp_path) -> None:

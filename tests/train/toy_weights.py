@@ -29,11 +29,15 @@ FAMILY = families.Family(
 
 
 def publish(
-    path: pathlib.Path, dtype: Any = np.float32, head: bool = False, width: int = WIDTH
+    path: pathlib.Path,
+    dtype: Any = np.float32,
+    head: bool = False,
+    width: int = WIDTH,
+    rows: int = 64,
 ) -> dict[str, np.ndarray]:
     """Writes a .safetensors file of the family; returns its tensors."""
     rng = np.random.default_rng(0)
-    shapes = {"wte.weight": (64, width), "fc.weight": (width, width), "fc.bias": (width,)}
+    shapes = {"wte.weight": (rows, width), "fc.weight": (width, width), "fc.bias": (width,)}
     shapes |= {"classifier.weight": (3, width), "classifier.bias": (3,)} if head else {}
     tensors = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
     weights.save_safetensors(path, tensors)

@@ -22,13 +22,13 @@ from jaxmodels.core import manifest
 from train import distributed, storage
 from train.checkpoint import leaves as leaves_lib
 from train.checkpoint import reader as reader_lib
-from train.checkpoint.folder import FROZEN, Folder, Retention
+from train.checkpoint.folder import Folder, Retention
+from train.checkpoint.stored import FOLDER
 from train.checkpoint.writer import Metric, Writer
 from train.errors import CheckpointError, UsageError
 from train.state import Layout, TrainState
 
 Tree = Any
-FOLDER = "checkpoints"
 TRIES = 3  # saves in a row that may fail
 _BEGUN, _THERE = "begun", "there"
 _NOTED = 1.0  # seconds of waiting that are worth a line
@@ -310,65 +310,3 @@ def _outcome(done: bool, error: str | None) -> tuple[bool, str | None]:
         return all(done for done, _ in found), None
     index, error = errors[0]
     return True, error if len(found) == 1 else f"process {index}: {error}"
-
-
-def load_params(path: epath.PathLike, abstract: Tree, step: int | None = None) -> tuple[Tree, int]:
-    """Returns (parameters, their step) of a run or a single checkpoint, placed as `abstract` says.
-
-    Where the newest is damaged, says so and takes the one before, unless `step` is given.
-
-    Args:
-      path: a workdir, its folder of checkpoints, or the folder of one step.
-      abstract: shape structs with shardings, from `state.abstract_params`.
-      step: which one; the newest by default.
-
-    Raises:
-      UsageError: nothing is there, or names, shapes or types differ (all are listed).
-      CheckpointError: what is there is damaged.
-    """
-    root, newest = find(path, step)
-    folder = Folder(root)
-    itself = storage.absolute(path) == folder.path(newest)
-    chosen = itself or step is not None
-    step = distributed.first(lambda: _whole(folder, newest, [newest] if chosen else folder.steps()))
-    wanted = leaves_lib.named(abstract)
-    stored = reader_lib.stored_leaves(folder, step)
-    every = {**stored["params"], **stored[FROZEN]}
-    reader_lib.check_same(every, wanted, f"checkpoint {folder.path(step)}")
-    items = {
-        item: {path: leaf for path, leaf in wanted.items() if path in stored[item]}
-        for item in ("params", FROZEN)
-    }
-    found = reader_lib.load(folder, step, items)
-    return leaves_lib.fill(abstract, {**found["params"], **found[FROZEN]}), step
-
-
-def _whole(folder: Folder, newest: int, steps: list[int]) -> int:
-    """Process 0: the newest of `steps` whose weights are whole."""
-    reasons: list[str] = []
-    for step in sorted((s for s in steps if s <= newest), reverse=True):
-        reason = reader_lib.damage(folder, step, ("params/",))
-        if reason is None:
-            for line in reasons:
-                print(f"{line}; taking checkpoint {step}", flush=True)
-            return step
-        reasons.append(f"checkpoint {step} ({folder.path(step)}) is damaged: {reason}")
-    raise CheckpointError("; ".join(reasons))
-
-
-def find(path: epath.PathLike, step: int | None = None) -> tuple[epath.Path, int]:
-    """Returns the folder of checkpoints that `path` means, and the step: `step` or the newest.
-
-    Raises:
-      UsageError: no checkpoint is there, or not of that step.
-    """
-    path = storage.absolute(path)
-    if path.name.isdecimal() and (path / manifest.NAME).exists():
-        return path.parent, int(path.name)
-    folder = path / FOLDER if (path / FOLDER).exists() else path
-    steps = Folder(folder).steps()
-    if not steps:
-        raise UsageError(f"{path}: no checkpoint there (wanted: the --workdir of a run)")
-    if step is not None and step not in steps:
-        raise UsageError(f"{path}: no checkpoint of step {step}; there are {steps}")
-    return folder, max(steps) if step is None else step

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.core import params as params_lib
@@ -34,6 +35,19 @@ def named(tree: Tree) -> Leaves:
 def describe(leaf: Any) -> str:
     """Returns dtype and shape: `float32[3,4]`, `key<fry>[]`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def struct(text: str) -> jax.ShapeDtypeStruct:
+    """Returns the shape struct of a text by `describe`.
+
+    Raises:
+      ValueError: it is of a type that no parameter has, such as a random key.
+    """
+    dtype, _, sizes = text.removesuffix("]").partition("[")
+    if dtype.startswith("key<"):
+        raise ValueError(f"{text}: a random key is no parameter")
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def items(state: TrainState) -> dict[str, Leaves]:
