@@ -1,7 +1,5 @@
 """The code in the documentation runs as it stands, and prints what stands beside it."""
 
-import contextlib
-import io
 import os
 import pathlib
 import re
@@ -50,8 +48,8 @@ def section(title: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs_and_prints_what_it_says(page: str) -> None:
-    run((ROOT / page).read_text(), page)
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page: str, tmp_path) -> None:
+    run((ROOT / page).read_text(), tmp_path)
 
 
 @pytest.mark.slow
@@ -60,18 +58,7 @@ def test_the_code_of_the_readme_runs_and_prints_what_it_says(title, tmp_path) ->
     text = section(title)
     if PUBLISHED in text:
         published(tmp_path / PUBLISHED)
-    blocks = _BLOCK.findall(text)
-    assert len(blocks) == text.count("```python") > 0
-    (tmp_path / "readme.py").write_text("\n".join(blocks))
-    # In a process of its own, as a reader would; the library is this one.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, tmp_path / "readme.py"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    wanted = [line.split(":")[0] for line in _PRINTS.findall("\n".join(blocks))]
-    assert done.stdout.splitlines() == wanted
+    run(text, tmp_path)
 
 
 def test_the_readmes_commands_convert_published_weights_and_back(
@@ -95,14 +82,19 @@ def test_the_readmes_commands_convert_published_weights_and_back(
         np.testing.assert_array_equal(back[name], value)
 
 
-def run(text: str, page: str) -> None:
-    """Runs all Python of a Markdown text, in order, and compares what is printed."""
+def run(text: str, folder: pathlib.Path) -> None:
+    """Runs all Python of a Markdown text, in order, and compares what is printed.
+
+    In a process of its own, as a reader would; the library is this one.
+    """
     blocks = _BLOCK.findall(text)
     assert len(blocks) == text.count("```python") > 0
-    names: dict = {"__name__": page}
-    for block in blocks:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(compile(block, page, "exec"), names)  # noqa: S102
-        wanted = [line.split(":")[0] for line in _PRINTS.findall(block)]
-        assert said.getvalue().splitlines() == wanted
+    (folder / "page.py").write_text("\n".join(blocks))
+    done = subprocess.run(
+        [sys.executable, folder / "page.py"], cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = [line.split(":")[0] for line in _PRINTS.findall("\n".join(blocks))]
+    assert done.stdout.splitlines() == wanted
