@@ -45,6 +45,7 @@ test: setup-test
 	$(PY) -m pytest -m "not long" $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
+# Programs that run for minutes are worth optimising, which tests else leave out.
 test-long: setup-test
 	@$(PY) -m pytest -m long $(PYTEST_ARGS)
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from jaxmodels.core import attention, blocks
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import compression, kernels
 from jaxmodels.vcc.layer import RelativePositions, VccLayer, run_vcc_layers
+from tests.train import runs
 from tests.vcc import small, small_t5
 
 # The narrowest that the kernels take: one head, blocks of eight tokens, 128 wide.
@@ -59,29 +61,53 @@ def parameters(config: Any) -> Any:
     ],
 )
 def test_kernels_give_values_and_gradients_of_plain_layers(config: Any, changes: dict) -> None:
-    given = small.states(1, 40, 37, width=128)
-    params = parameters(config)
+    given, params = small.states(1, 40, 37, width=128), parameters(config)
+    check_same(
+        gradients(config, "interpret", params, given, **changes),
+        gradients(config, "xla", params, given, **changes),
+    )
 
-    def both(choice: str) -> Any:
-        @functools.partial(jax.jit, compiler_options=small_t5.QUICK)
-        def run(params: Any, x: jax.Array) -> Any:
-            def loss(params: Any, x: jax.Array) -> Any:
-                y, fine = stack(config, choice, params, x, *given[1:], **changes)
-                return jnp.sin(3 * y).sum(), (y, fine)
 
-            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+@pytest.mark.slow
+def test_kernels_on_a_mesh_give_the_numbers_of_one_device(tmp_path) -> None:
+    file = tmp_path / "gradients.npz"
+    done = runs.python("-m", "tests.vcc.kernels_mesh_script", str(file), devices=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    given = small.states(2, 40, 37, width=128)
+    expected = gradients(ROBERTA, "xla", parameters(ROBERTA), given)
+    with np.load(file) as stored:
+        leaves = [stored[f"arr_{i}"] for i in range(len(stored.files))]
+    check_same(jax.tree.unflatten(jax.tree.structure(expected), leaves), expected)
 
-        return run(params, given[0])
 
-    (found, (y, fine)), bar = both("interpret")
-    (expected, (y_plain, fine_plain)), bar_plain = both("xla")
+def gradients(config: Any, choice: str, params: Any, given: Any, **changes: Any) -> Any:
+    """((loss, (what leaves, opened blocks)), gradients for parameters and input) of `stack`."""
+
+    @functools.partial(jax.jit, compiler_options=small_t5.QUICK)
+    def run(params: Any, x: jax.Array) -> Any:
+        def loss(params: Any, x: jax.Array) -> Any:
+            y, fine = stack(config, choice, params, x, *given[1:], **changes)
+            return jnp.sin(3 * y).sum(), (y, fine)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    return run(params, given[0])
+
+
+def check_same(by_kernels: Any, plain: Any) -> None:
+    """Compares what `gradients` returned."""
+    (found, (y, fine)), bar = by_kernels
+    (expected, (y_plain, fine_plain)), bar_plain = plain
     np.testing.assert_array_equal(fine, fine_plain)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     np.testing.assert_allclose(y, y_plain, rtol=0, atol=2e-5 * float(jnp.abs(y_plain).max()))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(bar_plain))
     pairs = zip(*(jax.tree_util.tree_leaves_with_path(b) for b in (bar, bar_plain)), strict=True)
     for (path, have), (_, want) in pairs:
-        size = max(float(jnp.abs(want).max()), 1e-3 * largest)  # key biases have none
+        if [key.key for key in path[-2:] if hasattr(key, "key")] == ["key", "bias"]:
+            chex.assert_trees_all_close(have, jnp.zeros_like(have), rtol=0, atol=1e-4)
+            continue  # mathematically none
+        size = max(float(jnp.abs(want).max()), 1e-3 * largest)
         np.testing.assert_allclose(have, want, rtol=0, atol=1e-4 * size, err_msg=str(path))
 
 
