@@ -47,7 +47,7 @@ test: setup-test
 
 # Programs that run for minutes are worth optimising, which tests else leave out.
 test-long: setup-test
-	@$(PY) -m pytest -m long $(PYTEST_ARGS)
+	@XLA_FLAGS= $(PY) -m pytest -m long $(PYTEST_ARGS)
 
 lint: setup-test
 	@status=0; \
