@@ -57,6 +57,25 @@ def auxiliary_loss(report: Report, config: MoeConfig) -> Array:
     return loss + config.z_coef * sum(losses.z_loss(sums) for sums in report.levels.values())
 
 
+def summary(report: Report, stats: str = "device") -> dict[str, Array]:
+    """Returns what to watch, float32 [] by name.
+
+    `balance_<router>`; `dropped_<level>` and `dropped_total`, shares of the tokens; `load_max`,
+    the busiest expert's rows over the mean; `load_entropy`, 1 where all experts work alike;
+    `overflow`.
+    """
+    load = report.load.reshape(-1)
+    share = load / jnp.maximum(load.sum(), 1)
+    entropy = -(share * jnp.log(jnp.maximum(share, 1e-30))).sum()
+    found = {f"balance_{name}": value for name, value in report.balances(stats).items()}
+    found |= {f"dropped_{name}": value for name, value in report.dropped().items()}
+    return found | {
+        "load_max": share.max() * load.size,
+        "load_entropy": entropy / jnp.log(max(load.size, 2)),
+        "overflow": report.overflow,
+    }
+
+
 def apply(
     params: Mapping[str, Any],
     x: Array,

@@ -90,8 +90,6 @@ def moe_layer(case: Case) -> list[Arrays]:
         step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
         params = params_of(case, config)
         (loss, (y, report, stages, auxiliary)), (grads, dx) = step(params, x)
-        dropless = dataclasses.replace(config, transport="ragged")
-        without_drops = jax.jit(lambda params, x: moe.apply(params, x, dropless, mask)[1].load)
         outputs: Arrays = {
             "y": y,
             "loss": loss,
@@ -100,7 +98,7 @@ def moe_layer(case: Case) -> list[Arrays]:
             "expert_in": stages["expert_in"],
             "expert_out": stages["expert_out"],
             "group_sizes_kept": report.load.astype(np.int32),
-            "group_sizes_dropless": without_drops(params, x).astype(np.int32),
+            "group_sizes_dropless": group_sizes(params, x, mask, config),
             "grads/x": dx,
         } | named(grads, "grads")
         describe = one_level_outputs if config.routing == "one_level" else bi_level_outputs
@@ -108,6 +106,18 @@ def moe_layer(case: Case) -> list[Arrays]:
         return shaped(case, outputs)
 
     return everywhere(case, compute)
+
+
+def group_sizes(params: Arrays, x: jax.Array, mask: jax.Array, config: MoeConfig) -> np.ndarray:
+    """Rows of every expert with nothing dropped: sent on a mesh, seen by all on one device."""
+    if config.transport == "two_hop":
+        ragged = dataclasses.replace(config, transport="ragged")
+        load = jax.jit(lambda params, x: moe.apply(params, x, ragged, mask)[1].load)(params, x)
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        every = jax.jit(lambda params, x: moe.seen_by_all(params, x, config, mask.reshape(-1))[1])
+        load = every(params, rows).load
+    return np.asarray(load).astype(np.int32)
 
 
 def shaped(case: Case, outputs: Arrays) -> Arrays:

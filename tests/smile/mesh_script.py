@@ -26,7 +26,9 @@ def on(mesh: tuple[int, int], config: Any) -> list[np.ndarray]:
 
 
 def differences(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    return max(float(np.abs(u - v).max()) for u, v in zip(a, b, strict=True))
+    """Largest difference, relative to the largest value of its array where that exceeds 1."""
+    pairs = zip(a, b, strict=True)
+    return max(float(np.abs(u - v).max() / max(1.0, np.abs(v).max())) for u, v in pairs)
 
 
 def transports() -> dict[str, float]:
