@@ -10,8 +10,12 @@ Presets:
   quickstart_one_level the same with Switch's one-level routing.
   quickstart_dense     the same without experts, of equal work a token.
   debug                quickstart's model at its smallest, a few steps.
-  smile_3_7b, smile_13b, smile_48b  the paper's sizes, 128 experts on 16 nodes of 8 devices.
-  switch_3_7b, switch_13b, switch_48b  the same with one-level routing.
+  smile_3_7b           the paper's 3.7B: 128 experts on 16 nodes of 8 devices.
+  smile_13b            its 13B.
+  smile_48b            its 48B.
+  switch_3_7b          3.7B with one-level routing.
+  switch_13b           13B with it.
+  switch_48b           48B with it.
   dense_110m           the dense model of 3.7B's shape.
 The large ones train on --config.data.files=FILE,... (text; jsonl with --config.data.field).
 """

@@ -96,13 +96,15 @@ def one_level(
     routed = routing.route(x, kernel, cell.mask, noise(where, key, 0, x, options.jitter))
     slots = routing.slots(routed, num_experts, capacity)
     row = expert_dispatch.inverse(slots.slot, num_experts * capacity)
-    send = expert_dispatch.take_rows(x, row, slots.slot).reshape(n, m, e, capacity, d)
+    send = expert_dispatch.take_rows(x, row, slots.slot, options.dispatch).reshape(
+        n, m, e, capacity, d
+    )
     received = swap(send)
     expert_in = received.transpose(2, 0, 1, 3, 4).reshape(e, n * m * capacity, d)
     expert_out = _experts(cell, expert_in, options)
     back = expert_out.reshape(e, n, m, capacity, d).transpose(1, 2, 0, 3, 4)
     returned = swap(back).reshape(num_experts * capacity, d)
-    y = expert_dispatch.combine(returned, slots.slot, routed.gate, row)
+    y = expert_dispatch.combine(returned, slots.slot, routed.gate, row, options.dispatch)
 
     sent = routing.counts(routed.index, slots.kept, num_experts).reshape(n, m, e)
     levels = {"router": losses.router_sums(routed, slots.kept)}
@@ -150,7 +152,7 @@ def bi_level(
     )
     slots1 = routing.slots(inter, n, first)
     row1 = expert_dispatch.inverse(slots1.slot, n * first)
-    send1 = expert_dispatch.take_rows(x, row1, slots1.slot).reshape(n, first, d)
+    send1 = expert_dispatch.take_rows(x, row1, slots1.slot, options.dispatch).reshape(n, first, d)
     received = exchange.over(where.node, send1)
     rows = received.reshape(n * first, d)
     # Kept rows fill a block from its start, so a count a block says which rows are real. An empty
@@ -162,16 +164,18 @@ def bi_level(
     intra = routing.route(rows, own, valid, noise(where, key, 1, rows, options.jitter))
     slots2 = routing.slots(intra, buckets, second)
     row2 = expert_dispatch.inverse(slots2.slot, buckets * second)
-    send2 = expert_dispatch.take_rows(rows, row2, slots2.slot).reshape(m, e, second, d)
+    send2 = expert_dispatch.take_rows(rows, row2, slots2.slot, options.dispatch).reshape(
+        m, e, second, d
+    )
     expert_in = exchange.over(where.device, send2).transpose(1, 0, 2, 3).reshape(e, m * second, d)
     expert_out = _experts(cell, expert_in, options)
 
     # Back the same way; each level multiplies its own gate.
     back = expert_out.reshape(e, m, second, d).transpose(1, 0, 2, 3)
     returned = exchange.over(where.device, back).reshape(buckets * second, d)
-    gated = expert_dispatch.combine(returned, slots2.slot, intra.gate, row2)
+    gated = expert_dispatch.combine(returned, slots2.slot, intra.gate, row2, options.dispatch)
     home = exchange.over(where.node, gated.reshape(n, first, d)).reshape(n * first, d)
-    y = expert_dispatch.combine(home, slots1.slot, inter.gate, row1)
+    y = expert_dispatch.combine(home, slots1.slot, inter.gate, row1, options.dispatch)
 
     sent = routing.counts(intra.index, slots2.kept, buckets).reshape(m, e)
     levels = {

@@ -87,8 +87,12 @@ def _order(index: Array, valid: Array, buckets: int) -> _Order:
     return _Order(place, expert_dispatch.inverse(place, index.shape[0]), counts)
 
 
-def _sorted(order: _Order, x: Array) -> Array:
-    return expert_dispatch.take_rows(x, order.row, order.place)
+def _sorted(order: _Order, x: Array, dispatch: str | None) -> Array:
+    return expert_dispatch.take_rows(x, order.row, order.place, dispatch)
+
+
+def _unsorted(order: _Order, x: Array, dispatch: str | None) -> Array:
+    return expert_dispatch.take_rows(x, order.place, order.row, dispatch)
 
 
 def _pass(
@@ -110,10 +114,10 @@ def _pass(
     order1 = _order(node, cell.mask, n)
     hop1 = ragged.traffic(where.node, order1.counts, sizes[0])
 
-    def outward(x: Array) -> Array:
-        return ragged.send(where, where.node, hop1.there, _sorted(order1, x), sizes[0])
+    def outward(x: Array, dispatch: str | None) -> Array:
+        return ragged.send(where, where.node, hop1.there, _sorted(order1, x, dispatch), sizes[0])
 
-    rows = outward(x)
+    rows = outward(x, options.dispatch)
     valid = jnp.arange(sizes[0]) < hop1.received
     levels = {"inter" if bi_level else "router": losses.router_sums(first, cell.mask)}
     if bi_level:
@@ -122,7 +126,7 @@ def _pass(
         levels["intra"] = losses.router_sums(second, valid)
         bucket = second.index
     else:  # the choice was made at the source and travels along
-        bucket = outward((first.index % buckets)[:, None])[:, 0]
+        bucket = outward((first.index % buckets)[:, None], "xla")[:, 0]
 
     done, sent, overflow2 = _inside_node(where, cell, options, rows, (bucket, valid), sizes[1])
     if bi_level:
@@ -131,7 +135,7 @@ def _pass(
     else:
         sent = routing.counts(first.index, cell.mask, options.num_experts).reshape(n, m, -1)
     home = ragged.send(where, where.node, hop1.back, done, x.shape[0])
-    y = expert_dispatch.combine(home, order1.place, first.gate, order1.row)
+    y = expert_dispatch.combine(home, order1.place, first.gate, order1.row, options.dispatch)
     overflow = hop1.overflow | overflow2
     nothing = (cell.mask.sum() * 0).astype(jnp.float32)
     return y, Sums(levels, sent.astype(jnp.float32), nothing), overflow
@@ -162,7 +166,8 @@ def _inside_node(
     order = _order(*chosen, m * e)
     counts = order.counts.reshape(m, e)
     hop = ragged.traffic(where.device, counts.sum(1), size)
-    got = ragged.send(where, where.device, hop.there, _sorted(order, rows), size)
+    moved = _sorted(order, rows, options.dispatch)
+    got = ragged.send(where, where.device, hop.there, moved, size)
     # A sender's rows come sorted by expert; its counts say where one expert's end.
     parts = exchange.over(where.device, counts)
     ends = hop.there.get[:, None] + jnp.cumsum(parts, 1)
@@ -170,10 +175,9 @@ def _inside_node(
     member = (number >= (ends - parts).reshape(-1, 1)) & (number < ends.reshape(-1, 1))
     expert = (member.reshape(m, e, size).any(0) * jnp.arange(e)[:, None]).sum(0).astype(jnp.int32)
     by_expert = _order(expert, number < hop.received, e)
-    grouped = _sorted(by_expert, got)
+    grouped = _sorted(by_expert, got, options.dispatch)
     dense = not where.on_mesh
     out = experts.rows(cell.experts, grouped, by_expert.counts, options.activation, dense)
-    out = expert_dispatch.take_rows(out, by_expert.place, by_expert.row)
+    out = _unsorted(by_expert, out, options.dispatch)
     returned = ragged.send(where, where.device, hop.back, out, rows.shape[0])
-    done = expert_dispatch.take_rows(returned, order.place, order.row)
-    return done, counts, hop.overflow
+    return _unsorted(order, returned, options.dispatch), counts, hop.overflow

@@ -13,7 +13,7 @@ from jaxmodels.smile import moe
 from jaxmodels.smile.settings import MoeConfig
 
 Initializer = Callable[..., jax.Array]
-SOWN = "moe"
+SOWN = "report"
 
 
 class MoeMlp(nn.Module):
@@ -124,7 +124,7 @@ class MoeHook(Hooks):
     """Puts a mixture of experts in the place of a trunk's feed-forward (`core.hooks`).
 
     A hook is not told which tokens are padding: they are routed like the others. What the layer
-    reports is sown into "intermediates" as `moe`, see `moe.Report`.
+    reports is sown into "intermediates" as `report`, see `moe.Report`.
 
     Attributes:
       config: of the layer.

@@ -84,7 +84,8 @@ class SmileBert(nn.Module):
     """Embeddings, encoder and masked-language-model head.
 
     Parameters: `embeddings`; `dense_layers` and `moe_layers`, stacked over the pairs (or
-    `encoder/layers` where all are dense); `head`. The word table is the output matrix as well.
+    `encoder/layers` where all are dense); `final_norm` where norms are in front; `head`. The word
+    table is the output matrix as well.
 
     Attributes:
       config: sizes.
@@ -99,6 +100,8 @@ class SmileBert(nn.Module):
         if self.config.experts is None:
             self.encoder = trunk.make_stack()
             return
+        if trunk.norm_order == "pre":
+            self.final_norm = layers.LayerNorm(trunk.norm_eps)
         self.layers = (
             trunk.make_layer(),
             trunk.make_layer(MoeLayer, experts=self.config.experts),
@@ -151,7 +154,8 @@ class SmileBert(nn.Module):
             return partitioning.constrain_batch(x), report
 
         rng = None if deterministic else self.make_rng("dropout")
-        return blocks.scan_layers(body, self.stacks, x, rng, self.config.trunk.remat)
+        x, reports = blocks.scan_layers(body, self.stacks, x, rng, self.config.trunk.remat)
+        return self.final_norm(x) if self.config.trunk.norm_order == "pre" else x, reports
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Returns logits over the vocabulary: [..., d_model] -> [..., vocab_size] float32."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxmodels.core import partitioning
 from jaxmodels.smile import capacity_path, dropless, losses, replicated
 from jaxmodels.smile import grid as grids
 from jaxmodels.smile.settings import MoeConfig
@@ -142,7 +143,8 @@ def with_stages(
 
     own = capacity_path.Cell(x.astype(config.dtype), mask, _by_cell(params["experts"], config))
     repeated = {"routers": routers, "key": key}
-    y, sums, stages = grids.run(cell, cells, repeated, own)
+    checked = config.dispatch == "xla"  # a Pallas kernel does not say over which axes it varies
+    y, sums, stages = grids.run(cell, cells, repeated, own, checked)
     # One level: every cell counts its sends to all experts. Bi-level: to those of its own node.
     load = sums.sent.sum((0, 1)) if sums.sent.ndim == 5 else sums.sent.sum(1)
     return y.astype(x.dtype), Report(sums.levels, load, sums.overflow.max()), stages
@@ -172,6 +174,7 @@ def tokens(
     if deterministic and count < cells.size:
         y, report = seen_by_all(params, x.reshape(count, d), config, mask.reshape(count))
         return y.reshape(x.shape), report
+    x = partitioning.constrain_batch(x)
     each = -(-count // cells.size)
     missing = each * cells.size - count
     flat = jnp.pad(x.reshape(count, d), ((0, missing), (0, 0)))
@@ -185,7 +188,9 @@ def tokens(
         deterministic=deterministic,
         rng=rng,
     )
-    return y.reshape(-1, d)[:count].reshape(x.shape), report
+    y = y.reshape(-1, d)[:count].reshape(x.shape)
+    # Both ends are split by example: the partitioner must not look for another layout between.
+    return partitioning.constrain_batch(y), report
 
 
 def seen_by_all(

@@ -125,8 +125,8 @@ def emulated(axes: exchange.Axes, legs: Legs, x: Array, rows: int) -> Array:
     r = jnp.arange(block)
     inside = r < legs.sizes[:, None]
     index = jnp.where(inside, legs.take[:, None] + r, -1).reshape(-1)
-    blocks = expert_dispatch.take_rows(x, index, expert_dispatch.inverse(index, x.shape[0]))
+    blocks = expert_dispatch.take_rows(x, index, expert_dispatch.inverse(index, x.shape[0]), "xla")
     came = exchange.over(axes, blocks.reshape(peers, block, *x.shape[1:]))
     came = came.reshape(peers * block, *x.shape[1:])
     lands = jnp.where(r < legs.get_sizes[:, None], legs.get[:, None] + r, -1).reshape(-1)
-    return expert_dispatch.take_rows(came, expert_dispatch.inverse(lands, rows), lands)
+    return expert_dispatch.take_rows(came, expert_dispatch.inverse(lands, rows), lands, "xla")

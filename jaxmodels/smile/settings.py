@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxmodels.core import layers
 from jaxmodels.smile import routing
 from jaxmodels.smile.grid import Grid, mesh_sizes
+from kernels_pallas import expert_dispatch
 
 ROUTINGS = ("one_level", "bi_level")
 TRANSPORTS = ("auto", "flat", "two_hop", "ragged")
@@ -46,6 +47,8 @@ class MoeConfig:
       remat: the backward pass computes the experts' inner values again.
       router_scale: s of the routers' truncated normal start, std sqrt(s / d).
       expert_std: std of the experts' truncated normal start; None: as the routers, by fan-in.
+      dispatch: what moves rows into slots and back, see `kernels_pallas.expert_dispatch`: "xla",
+        "mosaic" (TPU), or None, by the platform.
       dtype: of the experts' products and of the buffers that travel.
 
     Raises:
@@ -74,10 +77,12 @@ class MoeConfig:
     remat: bool = False
     router_scale: float = 0.1
     expert_std: float | None = None
+    dispatch: str | None = "xla"
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         for name, known in (
+            ("dispatch", (None, *expert_dispatch.IMPLEMENTATIONS)),
             ("routing", ROUTINGS),
             ("transport", TRANSPORTS),
             ("intra_router", ROUTERS),

@@ -35,20 +35,11 @@ def combine(x: jax.Array, index: jax.Array, gate: jax.Array) -> jax.Array:
     return jnp.where(inside[:, None], gate[:, None] * taken, 0).astype(x.dtype)
 
 
-def combine_gradients(
-    x: jax.Array, index: jax.Array, gate: jax.Array, back: jax.Array, dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of `combine` for x and gate.
+def take_values(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns x[index], zero where an index is outside: [rows] -> [len(index)]."""
+    return take_rows(x[:, None], index)[:, 0]
 
-    Args:
-      x, index, gate: of `combine`.
-      back: `inverse(index, len(x))`.
-      dy: [len(index), d], the gradient of the result.
-    """
-    used = (back >= 0) & (back < dy.shape[0])
-    weight = jnp.where(used, jnp.take(gate, jnp.where(used, back, 0), mode="clip"), 0)
-    dx = jnp.where(used[:, None], weight[:, None] * take_rows(dy, back).astype(gate.dtype), 0)
-    taken = take_rows(x, index).astype(gate.dtype)
-    dgate = (taken * dy.astype(gate.dtype)).sum(-1)
-    inside = (index >= 0) & (index < x.shape[0])
-    return dx.astype(x.dtype), jnp.where(inside, dgate, 0).astype(gate.dtype)
+
+def row_products(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the inner product of each two rows, summed in `dtype`: [rows, d] twice -> [rows]."""
+    return (a.astype(dtype) * b.astype(dtype)).sum(-1)

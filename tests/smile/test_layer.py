@@ -143,7 +143,8 @@ def test_with_one_level_trivial_two_levels_are_one(grid) -> None:
 
 def test_routing_that_changes_compiles_nothing_again() -> None:
     config = small.config(capacity_factor=1.0)
-    run = jax.jit(lambda params, x: moe.apply(params, x, config)[0])
+    quick = functools.partial(jax.jit, compiler_options=small.QUICK)
+    run = quick(lambda params, x: moe.apply(params, x, config)[0])
     for seed in range(3):
         run(small.params(config, seed), small.tokens(config, seed))
     assert run._cache_size() == 1
@@ -153,7 +154,7 @@ def test_jitter_is_drawn_for_training_only_and_by_the_key() -> None:
     config = roomy(jitter=0.5)
     params, x = small.params(config), small.tokens(config)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=small.QUICK)
     def train(key):
         return moe.apply(params, x, config, deterministic=False, rng=key)[0]
 
