@@ -17,7 +17,8 @@ Presets:
   switch_13b           13B with it.
   switch_48b           48B with it.
   dense_110m           the dense model of 3.7B's shape.
-The large ones train on --config.data.files=FILE,... (text; jsonl with --config.data.field).
+The large ones train on --config.data.files=FILE,... (text; jsonl with --config.data.field),
+or with --config.data.name=c4 on C4 as TFDS prepares it, in --config.data.dir.
 """
 
 from ml_collections import ConfigDict
@@ -91,14 +92,14 @@ MOE_FIELDS = {
 }
 
 DATA_FIELDS = {
-    "data.name": Field("text_lines", "data set", choices=("text_lines", "pydoc_text")),
+    "data.name": Field("text_lines", "data set", choices=("text_lines", "pydoc_text", "c4")),
     "data.length": Field(128, "tokens a window", at_least(8)),
     "data.mask_rate": Field(0.15, "share of the tokens that are predicted", fraction),
     "data.files": Field((), "text_lines: files or globs to train on", items=str),
     "data.validation_files": Field((), "text_lines: files or globs to evaluate on", items=str),
     "data.field": Field(None, "text_lines: field of jsonl rows that holds the text", kind=str),
     "data.tokenizer": Field(
-        None, "text_lines: tokenizer.json; None: a BPE trained on the files", kind=str
+        None, "tokenizer.json; None: text_lines trains a BPE on the files, c4 needs one", kind=str
     ),
 }
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from jaxmodels.core.losses import IGNORE
-from jaxmodels.data.tokenizer import MASK_ID, SPECIAL_TOKENS
+from jaxmodels.data import cache_folder
+from jaxmodels.data.tokenizer import CLS_ID, MASK_ID, PAD_ID, SEP_ID, SPECIAL_TOKENS, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +64,42 @@ class MaskedExample:
             "masked_positions": positions,
             "masked_labels": labels,
         }
+
+
+class DocumentExample:
+    """A document of text into an example: a random window of it, masked; travels to workers."""
+
+    def __init__(self, tokenizer_path: str, masked: MaskedExample):
+        """Keeps the settings; the tokenizer is opened on first use, in the worker itself."""
+        self.tokenizer_path, self.masked = tokenizer_path, masked
+        self._bpe: Any = None
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What decides the examples, as JSON values."""
+        return self.masked.fingerprint | {
+            "tokenizer_sha256": cache_folder.sha256(self.tokenizer_path)
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the opened tokenizer behind."""
+        return self.__dict__ | {"_bpe": None}
+
+    def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the arrays of `MaskedExample`.
+
+        Args:
+          record: has `text`, str or UTF-8 bytes.
+          rng: decides the window and the masks.
+        """
+        if self._bpe is None:
+            self._bpe = load(self.tokenizer_path)
+        text, length = record["text"], self.masked.length
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        tokens = self._bpe.encode(text, add_special_tokens=False).ids
+        start = int(rng.integers(0, max(1, len(tokens) - (length - 2) + 1)))
+        piece = [CLS_ID, *tokens[start : start + length - 2], SEP_ID]
+        ids = np.full(length, PAD_ID, np.int32)
+        ids[: len(piece)] = piece
+        window = {"input_ids": ids, "attention_mask": np.arange(length) < len(piece)}
+        return self.masked(window, rng)

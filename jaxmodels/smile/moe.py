@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -126,6 +126,11 @@ def with_stages(
             "needed."
         )
     mask = jnp.ones(x.shape[:3], bool) if mask is None else mask.astype(bool)
+    if x.shape[2] % config.chunks:
+        raise ValueError(
+            f"chunks={config.chunks} does not divide the {x.shape[2]} tokens of a device; choose a "
+            "divisor, or 1."
+        )
     transport = config.resolved_transport(not deterministic)
     routers = {name: params[name] for name in config.router_names}
     key = None if deterministic else rng
@@ -135,11 +140,14 @@ def with_stages(
     if transport == "ragged":
         path = dropless.run
     else:
-        sizes = config.capacities(x.shape[2], not deterministic)
+        sizes = config.capacities(x.shape[2] // config.chunks, not deterministic)
         path = functools.partial(PATHS[config.routing], capacities=sizes)
 
     def cell(where: grids.Placement, repeated: Any, own: capacity_path.Cell) -> Any:
-        return path(where, repeated["routers"], own, resolved, key=repeated["key"])
+        def part(own: capacity_path.Cell, key: Array | None) -> Any:
+            return path(where, repeated["routers"], own, resolved, key=key)
+
+        return _chunked(part, own, repeated["key"], config.chunks)
 
     own = capacity_path.Cell(x.astype(config.dtype), mask, _by_cell(params["experts"], config))
     repeated = {"routers": routers, "key": key}
@@ -148,6 +156,25 @@ def with_stages(
     # One level: every cell counts its sends to all experts. Bi-level: to those of its own node.
     load = sums.sent.sum((0, 1)) if sums.sent.ndim == 5 else sums.sent.sum(1)
     return y.astype(x.dtype), Report(sums.levels, load, sums.overflow.max()), stages
+
+
+def _chunked(
+    part: Callable[..., Any], own: capacity_path.Cell, key: Array | None, chunks: int
+) -> Any:
+    """Runs `part` on chunks of a cell's tokens, one after the other in the program's text.
+
+    Nothing orders them, so that the compiler may run one's exchange beside another's experts.
+    """
+    if chunks == 1:
+        return part(own, key)
+    found = []
+    for number, x, mask in zip(
+        range(chunks), jnp.split(own.x, chunks), jnp.split(own.mask, chunks), strict=True
+    ):
+        mine = None if key is None else jax.random.fold_in(key, number)
+        found.append(part(own.replace(x=x, mask=mask), mine)[:2])
+    y, sums = zip(*found, strict=True)
+    return jnp.concatenate(y), jax.tree.map(lambda *leaves: sum(leaves), *sums), {}
 
 
 def _by_cell(experts: Mapping[str, Array], config: MoeConfig) -> dict[str, Array]:
@@ -175,7 +202,7 @@ def tokens(
         y, report = seen_by_all(params, x.reshape(count, d), config, mask.reshape(count))
         return y.reshape(x.shape), report
     x = partitioning.constrain_batch(x)
-    each = -(-count // cells.size)
+    each = -(-count // (cells.size * config.chunks)) * config.chunks
     missing = each * cells.size - count
     flat = jnp.pad(x.reshape(count, d), ((0, missing), (0, 0)))
     valid = jnp.pad(mask.reshape(count), (0, missing))

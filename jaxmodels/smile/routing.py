@@ -97,12 +97,12 @@ def positions(index: jax.Array, valid: jax.Array, buckets: int) -> jax.Array:
       buckets: K.
     """
     chosen = _one_hot(index, valid, buckets)
-    return (jnp.cumsum(chosen, axis=0) * chosen).sum(-1) - 1
+    return (jnp.cumsum(chosen, axis=0) * chosen).sum(-1, dtype=jnp.int32) - 1
 
 
 def counts(index: jax.Array, valid: jax.Array, buckets: int) -> jax.Array:
     """Returns int32 [buckets], the valid rows of each bucket."""
-    return _one_hot(index, valid, buckets).sum(0)
+    return _one_hot(index, valid, buckets).sum(0, dtype=jnp.int32)
 
 
 def _one_hot(index: jax.Array, valid: jax.Array, buckets: int) -> jax.Array:

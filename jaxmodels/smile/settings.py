@@ -44,6 +44,8 @@ class MoeConfig:
       z_coef: weight of the router z-loss.
       activation: of the experts, see `core.layers.ACTIVATIONS`.
       use_bias: the experts have biases.
+      chunks: parts that the tokens of a device are cut into, so that the exchange of one may run
+        beside the experts of another; each has capacities of its own.
       remat: the backward pass computes the experts' inner values again.
       router_scale: s of the routers' truncated normal start, std sqrt(s / d).
       expert_std: std of the experts' truncated normal start; None: as the routers, by fan-in.
@@ -74,6 +76,7 @@ class MoeConfig:
     z_coef: float = 0.0
     activation: str = "gelu"
     use_bias: bool = True
+    chunks: int = 1
     remat: bool = False
     router_scale: float = 0.1
     expert_std: float | None = None
@@ -90,8 +93,9 @@ class MoeConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {known}.")
-        if self.d_ff < 1:
-            raise ValueError(f"d_ff={self.d_ff}: must be at least 1.")
+        for name in ("d_ff", "chunks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
         layers.activation(self.activation)
         self.grid.experts_per_device(self.num_experts)
         for name in ("capacity_factor", "eval_capacity_factor", "capacity_factor_intra"):

@@ -1,6 +1,7 @@
 """Masked-language-model pre-training of a mixture of experts, for the trainer."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import numpy as np
 from jaxmodels.core import params as param_tree
 from jaxmodels.core.losses import cross_entropy
 from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
-from jaxmodels.data import folders, pipeline, pydoc_text, text_lines, tokenizer
+from jaxmodels.data import c4, folders, pipeline, pydoc_text, text_lines, tokenizer
 from jaxmodels.smile import moe
 from jaxmodels.smile.grid import Grid
-from jaxmodels.smile.masking import MaskedExample
+from jaxmodels.smile.masking import DocumentExample, MaskedExample
 from jaxmodels.smile.model import SmileBert, SmileConfig
 from jaxmodels.smile.settings import MoeConfig
 from jaxmodels.trunks import bert
@@ -104,6 +105,8 @@ class MaskedLMTask(Task):
                 f"data.length={data.length} exceeds model.max_positions="
                 f"{config.model.max_positions}; shorten the windows or raise it."
             )
+        if data.name == "c4" and not data.tokenizer:
+            raise ValueError("data.name=c4 needs --config.data.tokenizer=tokenizer.json.")
         if data.name == "text_lines":
             if not data.files:
                 raise ValueError(
@@ -187,12 +190,19 @@ class MaskedLMTask(Task):
     def _train(self) -> text_lines.TextWindows:
         return self._windows("train")
 
+    @functools.cached_property
+    def tokenizer_path(self) -> str:
+        """The tokenizer given, or the one trained on the text."""
+        if self.config.data.name == "c4":
+            return str(Path(self.config.data.tokenizer).expanduser())
+        return self._train.tokenizer_path
+
     def _example(self) -> MaskedExample:
-        bpe = tokenizer.load(self._train.tokenizer_path)
+        bpe = tokenizer.load(self.tokenizer_path)
         size = bpe.get_vocab_size()
         if size > self.config.model.vocab_size:
             raise ValueError(
-                f"{self._train.tokenizer_path} has {size} ids, model.vocab_size is "
+                f"{self.tokenizer_path} has {size} ids, model.vocab_size is "
                 f"{self.config.model.vocab_size}; set model.vocab_size to at least that."
             )
         data = self.config.data
@@ -201,11 +211,20 @@ class MaskedLMTask(Task):
     def datasets(self, split: str) -> Any:
         """See `Task.datasets`."""
         options = pipeline.options_from(self.config.data)
-        example, batch_size = self._example(), self.config.batch_size
+        source, example = self._source(split)
+        batch_size = self.config.batch_size
         if split == "train":
-            stage = pipeline.Stage(self._train, example, batch_size)
+            stage = pipeline.Stage(source, example, batch_size)
             return pipeline.train_batches([stage], seed=self.config.seed, options=options)
-        return pipeline.eval_batches(self._windows(split), example, batch_size, options=options)
+        return pipeline.eval_batches(source, example, batch_size, options=options)
+
+    def _source(self, split: str) -> tuple[Any, Any]:
+        """Returns the records of a split, and what makes an example of one."""
+        masked = self._example()
+        if self.config.data.name == "c4":
+            documents = c4.load(folders.data_dir(self.config.data.dir), split)
+            return documents, DocumentExample(self.tokenizer_path, masked)
+        return self._train if split == "train" else self._windows(split), masked
 
     def evaluators(self) -> dict[str, Evaluator]:
         """Loss, accuracy and routing on the validation text, where there is any."""
@@ -231,7 +250,7 @@ class MaskedLMTask(Task):
         Raises:
           ValueError: a row without text or mask, or with too many tokens.
         """
-        bpe = tokenizer.load(self._train.tokenizer_path)
+        bpe = tokenizer.load(self.tokenizer_path)
         rows = [self._predict_row(bpe, number, row) for number, row in enumerate(inputs, start=1)]
         run = jax.jit(lambda params, batch: self.logits(params, batch)[0])
         outputs = []

@@ -203,3 +203,12 @@ def test_bfloat16_travels_and_stays_near_float32(routing) -> None:
     assert y.dtype == jnp.bfloat16
     scale = float(jnp.abs(wanted).max())
     np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=3e-2 * scale)
+
+
+def test_chunks_change_nothing_where_nothing_is_dropped() -> None:
+    config = roomy(chunks=3)
+    params, x = small.params(config), small.tokens(config)
+    y, report = small.run(params, x, config)
+    whole, wanted = small.run(params, x, dataclasses.replace(config, chunks=1))
+    close(y, whole, 1e-6)
+    close(report, wanted, 1e-6)

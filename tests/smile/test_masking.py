@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxmodels.core.losses import IGNORE
+from jaxmodels.data import tokenizer
 from jaxmodels.data.tokenizer import MASK_ID
-from jaxmodels.smile.masking import MaskedExample
+from jaxmodels.smile.masking import DocumentExample, MaskedExample
 
 
 def window(real: int, length: int = 200) -> dict[str, np.ndarray]:
@@ -44,3 +45,25 @@ def test_a_window_without_tokens_predicts_nothing() -> None:
     made = MaskedExample(1000, 200)(record, np.random.default_rng(0))
     assert (made["masked_labels"] == IGNORE).all()
     np.testing.assert_array_equal(made["input_ids"], record["input_ids"])
+
+
+def test_a_document_becomes_a_window_of_its_own_tokens(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    text = "one two three four five six seven eight nine ten " * 8
+    bpe = tokenizer.train_bpe([text], 300, (), path)
+    example = DocumentExample(str(path), MaskedExample(300, 32))
+    every = bpe.encode(text, add_special_tokens=False).ids
+    starts = set()
+    for seed in range(4):
+        made = example({"text": text.encode()}, np.random.default_rng(seed))
+        ids = made["input_ids"].copy()
+        counted = made["masked_labels"] != IGNORE
+        ids[made["masked_positions"][counted]] = made["masked_labels"][counted]
+        piece = ids[1:-1].tolist()
+        assert (ids[0], ids[-1]) == (tokenizer.CLS_ID, tokenizer.SEP_ID)
+        found = [i for i in range(len(every)) if every[i : i + 30] == piece]
+        assert found, piece
+        starts.add(found[0])
+    assert len(starts) > 1
+    short = example({"text": "one"}, np.random.default_rng(0))
+    assert short["attention_mask"].sum() == 2 + len(bpe.encode("one").ids)

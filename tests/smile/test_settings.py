@@ -32,12 +32,19 @@ from tests.smile import small
         ({"jitter": 1.0}, "jitter=1.0"),
         ({"buffer_factor": 0.0}, "buffer_factor=0.0"),
         ({"d_ff": 0}, "d_ff=0"),
+        ({"chunks": 0}, "chunks=0"),
         ({"min_capacity": 0}, "minimum capacity 0"),
     ],
 )
 def test_settings_that_cannot_work_say_what_does(changes: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         small.config(**changes)
+
+
+def test_chunks_that_do_not_divide_the_tokens_are_refused() -> None:
+    config = small.config(chunks=5)
+    with pytest.raises(ValueError, match="chunks=5 does not divide the 12 tokens"):
+        moe.apply(small.params(config), small.tokens(config), config)
 
 
 def test_a_grid_without_devices_is_refused() -> None:
