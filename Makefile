@@ -8,11 +8,12 @@ BENCHMARKS := $(basename $(notdir $(shell grep -l '^if __name__ == "__main__"' b
 BENCHMARKS := $(filter-out vcc_demo,$(BENCHMARKS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean setup-demo setup-test
+.PHONY: help demo test test-cuda-compile lint format bench clean setup-demo setup-test
 
 help:
 	@echo "make demo    train VCC and its dense twin on long real text; ends with a table and runs/demo/report.html"
 	@echo "make test    lint, then every test (PYTEST_ARGS='-m \"not slow\"' for the fast ones)"
+	@echo "make test-cuda-compile  compile the kernels for an H200, without one (sets up .venv-cuda, 5 GB)"
 	@echo "make lint    ruff, the import floors, the size and cycle bars"
 	@echo "make format  let ruff rewrite the layout of the code"
 	@echo "make bench   every benchmark in benchmarks/, one after the other"
@@ -30,6 +31,11 @@ setup-test:
 
 demo: setup-demo
 	@$(PY) -m benchmarks.vcc_demo
+
+# The compiler for NVIDIA GPUs comes with jax's CUDA packages, which nothing else here needs; it needs no GPU.
+test-cuda-compile:
+	@.ci/setup_venv .venv-cuda cuda,test
+	@.venv-cuda/bin/python -m pytest -k h200 tests/kernels_pallas
 
 # Tests run even when lint fails, so that one run shows everything; either makes the target fail.
 test: setup-test
@@ -54,5 +60,5 @@ bench: setup-demo
 	@set -e; for name in $(BENCHMARKS); do echo "--- benchmarks.$$name"; $(PY) -m benchmarks.$$name; done
 
 clean:
-	rm -rf .venv .venv-3.* .venv*.lock build .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-3.* .venv-cuda .venv*.lock build .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

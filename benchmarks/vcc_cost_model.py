@@ -6,7 +6,9 @@ attention does up to a few percent more: it rounds the queries up to whole chunk
 """
 
 from jaxmodels.trunks.bert import BertConfig
+from jaxmodels.trunks.t5 import T5Config
 from jaxmodels.vcc import compression
+from jaxmodels.vcc.baseline_attentions import BigBird, LongT5, SparsePattern, Window
 from jaxmodels.vcc.encoder import VccConfig
 
 
@@ -22,24 +24,25 @@ def rows_run(n: int, vcc: VccConfig) -> int:
     return vcc.compressed_length(n) + (k if vcc.layout == "static" else 0)
 
 
-def dense_flops(n: int, trunk: BertConfig) -> int:
+def dense_flops(n: int, trunk: BertConfig | T5Config) -> int:
     """Returns 8 n d^2 (projections) + 4 n^2 d (attention) + 4 n d d_ff (feed-forward)."""
     return _layer(n, n, trunk)
 
 
-def local_flops(n: int, trunk: BertConfig, segment_length: int) -> int:
+def local_flops(n: int, trunk: BertConfig | T5Config, segment_length: int) -> int:
     """Returns the dense cost with n^2 -> n g; n is rounded up to whole segments."""
     padded = segment_length * -(-n // segment_length)
     return _layer(padded, segment_length, trunk)
 
 
-def vcc_flops(n: int, trunk: BertConfig, vcc: VccConfig) -> int:
+def vcc_flops(n: int, trunk: BertConfig | T5Config, vcc: VccConfig) -> int:
     """Returns the selection, 2 p d^2 + 2 m d^2 + 2 p m d, and the dense cost of the rows run."""
-    d, p, m, rows = trunk.d_model, vcc.num_vip, num_blocks(n, vcc), rows_run(n, vcc)
-    return 2 * d * (p * d + m * d + p * m) + _layer(rows, rows, trunk)
+    d, inner = trunk.d_model, _inner(trunk)
+    p, m, rows = vcc.num_vip, num_blocks(n, vcc), rows_run(n, vcc)
+    return 2 * inner * (p * d + m * d + p * m) + _layer(rows, rows, trunk)
 
 
-def encoder_flops(n: int, trunk: BertConfig, vcc: VccConfig) -> int:
+def encoder_flops(n: int, trunk: BertConfig | T5Config, vcc: VccConfig) -> int:
     """Returns the sum over the layers that `vcc.kinds` names."""
     cost = {
         "dense": dense_flops(n, trunk),
@@ -49,6 +52,60 @@ def encoder_flops(n: int, trunk: BertConfig, vcc: VccConfig) -> int:
     return sum(cost[kind] for kind in vcc.kinds)
 
 
-def _layer(queries: int, keys: int, trunk: BertConfig) -> int:
-    d = trunk.d_model
-    return queries * (8 * d * d + 4 * keys * d + 4 * d * trunk.d_ff)
+def sparse_flops(
+    n: int, trunk: BertConfig | T5Config, pattern: SparsePattern, executed: bool = True
+) -> int:
+    """Returns the cost of a layer of a baseline: the dense one with fewer keys a query.
+
+    LongT5's summaries add their keys and values, 4 G d d_i.
+
+    Args:
+      n: tokens.
+      trunk: sizes.
+      pattern: of the baseline.
+      executed: what chunks of queries compute, 3/2 of a window of w keys; else the w keys alone,
+        as papers count.
+    """
+    d, inner = trunk.d_model, _inner(trunk)
+    summaries = n // pattern.global_block_size if pattern.summarises else 0
+    pairs = _pairs(n, pattern) if executed else n * _keys(n, pattern)
+    return _layer(n, 0, trunk) + 4 * pairs * inner + 4 * summaries * d * inner
+
+
+def _pairs(n: int, pattern: SparsePattern) -> int:
+    """Pairs of query and key that the chunks of a baseline compute."""
+    if isinstance(pattern, BigBird):
+        if pattern.is_dense(n):
+            return n * n
+        block, blocks = pattern.block_size, -(-n // pattern.block_size)
+        few = (5 + pattern.num_random_blocks) * block
+        return (blocks - 2) * block * few + 2 * block * n  # the end blocks see everything
+    side = pattern.window // 2 if isinstance(pattern, Window) else pattern.radius + 1
+    chunk = min(side, n)
+    rows = chunk * -(-n // chunk)
+    if isinstance(pattern, Window):
+        few = min(pattern.num_global, n)
+        return rows * (3 * chunk + few) + few * n
+    summaries = n // pattern.global_block_size if pattern.summarises else 0
+    return rows * (3 * chunk + summaries)
+
+
+def _keys(n: int, pattern: SparsePattern) -> int:
+    """Keys a query, as papers count."""
+    if isinstance(pattern, Window):
+        return pattern.window
+    if isinstance(pattern, LongT5):
+        summaries = n // pattern.global_block_size if pattern.summarises else 0
+        return 3 * (pattern.radius + 1) + summaries
+    return (5 + pattern.num_random_blocks) * pattern.block_size
+
+
+def _inner(trunk: BertConfig | T5Config) -> int:
+    """Width of all heads together, d_i."""
+    return trunk.num_heads * getattr(trunk, "head_dim", trunk.d_model // trunk.num_heads)
+
+
+def _layer(queries: int, keys: int, trunk: BertConfig | T5Config) -> int:
+    d, inner = trunk.d_model, _inner(trunk)
+    matrices = 3 if getattr(trunk, "gated", False) else 2
+    return queries * (8 * d * inner + 4 * keys * inner + 2 * matrices * d * trunk.d_ff)

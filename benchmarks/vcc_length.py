@@ -31,6 +31,7 @@ from train.table import aligned
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 PRESETS = {"quickstart": "quickstart size, d = 64", "roberta_base_4k": "RoBERTa base, d = 768"}
+TITLED = PRESETS | {"t5_base_narrative_qa": "T5 base, d = 768"}
 MAX_ROUNDS, WARMUP = 20, 2
 FIRST_GUESS = 2e10  # FLOP/s, before anything has been measured
 Row = dict[str, Any]
@@ -99,8 +100,9 @@ def measure_lengths(
       its VCC layers run on), `num_vip`, `block_size`, `num_fine_blocks`, `status` ("measured" or
       "not run"), `reason`, `ms` (median), `ms_lower`, `ms_upper` (quartiles), `rounds`, `ratio`
       (its time over the first side's), `peak_mib`, `gflop` (forward + backward, counted in the
-      program), `gflop_forward` (counted), `gflop_formula` (forward, `vcc_cost_model`). What is not
-      known is None.
+      program), `moved_mib` (to and from memory, by the compiler: loops count once),
+      `gflop_forward` (counted), `gflop_formula` (forward, `vcc_cost_model`). What is not known is
+      None.
     """
     points = [_Point(preset, part, n, tuple(sides)) for part in parts for n in lengths]
     points.sort(key=lambda point: point.cost())
@@ -197,7 +199,7 @@ def _compile(
         "num_fine_blocks": vcc.num_fine_blocks,
         "status": "not run",
         "reason": None,
-        **dict.fromkeys(("ms", "ms_lower", "ms_upper", "rounds", "ratio", "peak_mib")),
+        **dict.fromkeys(("ms", "ms_lower", "ms_upper", "rounds", "ratio", "peak_mib", "moved_mib")),
         "gflop": count_flops(traced.jaxpr) / 1e9,
         "gflop_forward": forward / 1e9,
         "gflop_formula": program.formula / 1e9,
@@ -210,6 +212,7 @@ def _compile(
     budget.compiling.append(time.perf_counter() - began)
     peak = measure.peak_bytes(compiled)
     row["peak_mib"] = None if peak is None else peak / 2**20
+    row["moved_mib"] = (compiled.cost_analysis() or {}).get("bytes accessed", 0) / 2**20 or None
     return row, compiled
 
 
@@ -242,13 +245,14 @@ def table(rows: Sequence[Row]) -> str:
         groups.setdefault((row["preset"], row["part"]), []).append(row)
     texts = []
     for (preset, part), group in groups.items():
-        title = f"{PRESETS.get(preset, preset)}, {TITLES[part]}: forward + backward"
+        title = f"{TITLED.get(preset, preset)}, {TITLES[part]}: forward + backward"
         texts.append(f"{title}\n{_group_table(group)}")
     return "\n\n".join(texts)
 
 
 TITLES = {"layer": "one layer", "encoder": "whole encoder"}
 _HEADINGS = {"vcc": "VCC", "dense": "dense", "all_dense": "only dense"}
+_HEADINGS |= {side: vcc_programs.PARTS["encoder"][side] for side in ("window", "longt5", "bigbird")}
 _METRICS = (("ms", "ms"), ("MiB", "peak_mib"), ("GFLOP", "gflop"))
 
 
@@ -296,7 +300,7 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
 def length_figure(rows: Sequence[Row]) -> Any:
     """Returns a matplotlib figure of `measure_lengths` rows: time, memory and FLOPs by length."""
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    size = PRESETS.get(rows[0]["preset"], rows[0]["preset"])
+    size = TITLED.get(rows[0]["preset"], rows[0]["preset"])
     drawn = (("ms", "time, ms"), ("peak_mib", "peak memory, MiB"), ("gflop", "GFLOP"))
     figure, axes = plots.panels(len(parts), len(drawn))
     lengths = sorted({row["n"] for row in rows})
@@ -343,7 +347,8 @@ def main() -> None:
     parser.add_argument("--budget_s", type=float, help="seconds in all (600; --quick: 60)")
     parser.add_argument("--quick", action="store_true", help="short documents only")
     parser.add_argument("--lengths", help="tokens, comma-separated")
-    parser.add_argument("--presets", default=",".join(PRESETS), help="of configs/vcc.py")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="of configs/vcc*.py")
+    parser.add_argument("--sides", help=f"comma-separated, of {', '.join(_HEADINGS)}")
     parser.add_argument("--max_gib", type=float, default=12.0, help="run no program above")
     parser.add_argument("--out", default=str(measure.RESULTS), help="folder of the results")
     options = parser.parse_args()
@@ -361,8 +366,8 @@ def main() -> None:
             lengths or plan.lengths[i > 0],
             preset=preset,
             budget_s=left * kept,
-            parts=plan.parts[i > 0],
-            sides=plan.sides,
+            parts=("encoder",) if preset.startswith("t5_") else plan.parts[i > 0],
+            sides=options.sides.split(",") if options.sides else plan.sides,
             max_gib=options.max_gib,
             progress=lambda line: print(line, flush=True),
         )

@@ -16,14 +16,23 @@ import numpy as np
 
 from benchmarks import vcc_cost_model
 from configs import vcc as vcc_configs
+from configs import vcc_t5 as vcc_t5_configs
 from jaxmodels.core import attention, partitioning
 from jaxmodels.trunks.bert import BertConfig
+from jaxmodels.trunks.t5 import T5Config
 from jaxmodels.vcc import compression, encoder, settings
+from jaxmodels.vcc import layer as vcc_layer
+from jaxmodels.vcc.baseline_attentions import PATTERNS
+from jaxmodels.vcc.baseline_attentions.sparse import SparseLayer, SparseStack, SparseT5Stack
 from jaxmodels.vcc.encoder import VccConfig
 
+Trunk = BertConfig | T5Config
 PARTS = {
     "layer": {"vcc": "VCC layer", "dense": "dense layer"},
-    "encoder": {"vcc": "local + VCC", "dense": "local + dense", "all_dense": "dense only"},
+    "encoder": {
+        **{"vcc": "local + VCC", "dense": "local + dense", "all_dense": "dense only"},
+        **{"window": "window", "longt5": "LongT5", "bigbird": "BigBird"},
+    },
 }
 
 # (p, b, k) published for longer documents; up to 4,096 tokens the preset's own hold.
@@ -32,6 +41,7 @@ LONG_DOCUMENTS = {
     16384: (48, 16, 90),
     32768: (64, 32, 55),
     65536: (64, 64, 30),
+    131072: (48, 16, 90),
 }
 
 
@@ -87,20 +97,30 @@ def _mask(leaf: Any) -> jax.Array:
     return jnp.ones(leaf.shape, leaf.dtype)
 
 
-def sizes(preset: str, n: int) -> tuple[BertConfig, VccConfig]:
-    """Returns the sizes of a preset of configs/vcc.py for documents of `n` tokens.
+def sizes(preset: str, n: int) -> tuple[Trunk, VccConfig]:
+    """Returns the sizes of a preset for documents of `n` tokens.
 
-    The quickstart keeps its (p, b, k) at every length; other presets take `LONG_DOCUMENTS`.
+    The quickstarts keep their (p, b, k) at every length; other presets take `LONG_DOCUMENTS`.
+
+    Args:
+      preset: of configs/vcc.py; t5_* of configs/vcc_t5.py, t5_quickstart is its quickstart.
+      n: tokens.
     """
-    model = vcc_configs.get_config(preset).model
-    trunk, vcc = settings.trunk_config(model), settings.vcc_config(model)
-    if preset != "quickstart" and n in LONG_DOCUMENTS:
+    t5, own = preset.startswith("t5_"), preset
+    if preset == "t5_quickstart":
+        own = "quickstart"
+    model = (vcc_t5_configs if t5 else vcc_configs).get_config(own).model
+    trunk = settings.t5_config(model) if t5 else settings.trunk_config(model)
+    vcc = settings.vcc_config(model)
+    # One dtype for both sides, whatever the preset trains in.
+    trunk = dataclasses.replace(trunk, dtype=jnp.float32, remat="none")
+    if own != "quickstart" and n in LONG_DOCUMENTS:
         p, b, k = LONG_DOCUMENTS[n]
         vcc = dataclasses.replace(vcc, num_vip=p, block_size=b, num_fine_blocks=k)
     return trunk, vcc
 
 
-def make_program(part: str, side: str, trunk: BertConfig, vcc: VccConfig, n: int) -> Program:
+def make_program(part: str, side: str, trunk: Trunk, vcc: VccConfig, n: int) -> Program:
     """Returns a side of a part ("layer", "encoder") at `n` tokens, batch 1.
 
     Raises:
@@ -108,8 +128,12 @@ def make_program(part: str, side: str, trunk: BertConfig, vcc: VccConfig, n: int
     """
     if side not in PARTS.get(part, {}):
         raise ValueError(f"part {part!r}, side {side!r}: use one of {PARTS}.")
+    if side in PATTERNS:
+        return _sparse_encoder(side, trunk, vcc, n)
     if part == "encoder":
         return _encoder(side, trunk, vcc, n)
+    if isinstance(trunk, T5Config):
+        raise ValueError("one layer is measured on RoBERTa's presets: of T5, choose the encoder.")
     return _vcc_layer(trunk, vcc, n) if side == "vcc" else _dense_layer(trunk, vcc, n)
 
 
@@ -137,10 +161,10 @@ def _dense_layer(trunk: BertConfig, vcc: VccConfig, n: int) -> Program:
 
 def _vcc_layer(trunk: BertConfig, vcc: VccConfig, n: int) -> Program:
     """Selects, refines, encodes and writes back; the states enter and leave compressed."""
-    layer = trunk.make_layer(encoder.VccLayer, vcc=vcc)
+    layer = trunk.make_layer(vcc_layer.VccLayer, vcc=vcc)
 
     def forward(params: Any, state: compression.State, layout: compression.Layout) -> Any:
-        return encoder.run_vcc_layer(layer, params, state, layout)[0]
+        return vcc_layer.run_vcc_layer(layer, params, state, layout)[0]
 
     params = _parameter_shapes(trunk.make_layer(), _shape(1, 1, trunk.d_model))
     p, b, m, d = vcc.num_vip, vcc.block_size, vcc_cost_model.num_blocks(n, vcc), trunk.d_model
@@ -152,14 +176,42 @@ def _vcc_layer(trunk: BertConfig, vcc: VccConfig, n: int) -> Program:
     return Program(vcc_cost_model.rows_run(n, vcc), vcc, forward, (params, state, layout), formula)
 
 
-def _encoder(side: str, trunk: BertConfig, vcc: VccConfig, n: int) -> Program:
+def _sparse_encoder(side: str, trunk: Trunk, vcc: VccConfig, n: int) -> Program:
+    """A baseline in all layers, with its published sizes."""
+    pattern = PATTERNS[side]
+    if isinstance(trunk, T5Config):
+        layer = trunk.make_layer(cls=SparseLayer, pattern=pattern)
+        module = SparseT5Stack(
+            layer=layer, num_layers=trunk.num_layers, final_norm="rms", bias=trunk.make_bias()
+        )
+    else:
+        layer = trunk.make_layer(SparseLayer, pattern=pattern)
+        module = SparseStack(layer, trunk.num_layers, final_norm="layer")
+
+    def run(module: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+        return module(x, module.prepare(mask), True)
+
+    def forward(params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+        return module.apply({"params": params}, x, mask, method=run)
+
+    shapes = _shape(1, n, trunk.d_model), _shape(1, n)
+    init = functools.partial(module.init, jax.random.key(0), method=run)
+    params = partitioning.unbox(jax.eval_shape(init, *shapes))["params"]
+    formula = trunk.num_layers * vcc_cost_model.sparse_flops(n, trunk, pattern)
+    return Program(n, vcc, forward, (params, *shapes), formula)
+
+
+def _encoder(side: str, trunk: Trunk, vcc: VccConfig, n: int) -> Program:
     kinds = {
         "vcc": vcc.kinds,
         "dense": tuple("dense" if kind == "vcc" else kind for kind in vcc.kinds),
         "all_dense": ("dense",) * len(vcc.kinds),
     }[side]
     vcc = dataclasses.replace(vcc, kinds=kinds)
-    module = encoder.VccEncoder(trunk, vcc)
+    more = {}
+    if isinstance(trunk, T5Config):
+        more = {"bias": trunk.make_bias(), "mask_value": attention.HIDDEN, "drop_weights": False}
+    module = encoder.VccEncoder(trunk, vcc, **more)
 
     def forward(params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
         vip_mask = jnp.broadcast_to(jnp.arange(n) < vcc.num_vip, mask.shape)

@@ -1,1 +1,1 @@
-"""Pallas kernels, each beside the plain-JAX function that defines it; so far none."""
+"""Pallas kernels, each beside the plain-JAX function that defines it."""

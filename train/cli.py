@@ -135,7 +135,8 @@ def _help(flags: Sequence[Flag], usage: str) -> str:
 def read_config(spec: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, Fields]:
     """Returns the config of `path.py:preset` with overrides applied, and its fields.
 
-    The path is taken from the working directory, else from the folder that holds this package.
+    The path is taken from the working directory, else from the folder that holds this package. A
+    `check(config, names of overrides)` of the file refuses what does not go together.
 
     Raises:
       UsageError: no such file, preset or field; a value that a field does not take.
@@ -152,7 +153,12 @@ def read_config(spec: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, Fi
         config = module.get_config(preset) if preset else module.get_config()
     except FieldError as error:
         raise UsageError(f"--config={spec}: {error}") from None
-    return override(config, fields, overrides), fields
+    config = override(config, fields, overrides)
+    try:
+        getattr(module, "check", lambda *_: None)(config, overrides)
+    except FieldError as error:
+        raise UsageError(str(error)) from None
+    return config, fields
 
 
 def override(config: ConfigDict, fields: Fields, overrides: Mapping[str, str]) -> ConfigDict:

@@ -266,6 +266,10 @@ class MultiHeadAttention(nn.Module):
         """Returns the values: [B, L, d_model] -> [B, L, G, D]."""
         return self._heads("value", x, None)
 
+    def project_out(self, mixed: jax.Array) -> jax.Array:
+        """Joins the heads of mixed values and projects them: [B, Q, H, D] -> [B, Q, d_model]."""
+        return self._project("out", mixed.reshape(*mixed.shape[:2], -1))
+
     def attend(
         self,
         query: jax.Array,
@@ -286,7 +290,7 @@ class MultiHeadAttention(nn.Module):
         mixed = dot_product_attention(
             query, key, value, bias, dropout=drop, implementation=self.implementation
         )
-        return self._project("out", mixed.reshape(*mixed.shape[:2], -1))
+        return self.project_out(mixed)
 
     def __call__(
         self,
@@ -371,7 +375,7 @@ class MultiHeadAttention(nn.Module):
             key, value, bias = self.hooks.keys_values(self.site, key, value, bias)
             key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         mixed = cached_attention(query, key, value, bias)
-        return self._project("out", mixed.reshape(*mixed.shape[:2], -1))
+        return self.project_out(mixed)
 
 
 def _head_width(num_heads: int, d_model: int, head_dim: int | None) -> int:

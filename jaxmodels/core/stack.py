@@ -196,6 +196,36 @@ class Stack(nn.Module):
         return self.dropout(x, deterministic=deterministic)
 
 
+def run_layers(
+    layer: nn.Module,
+    params: Any,
+    x: jax.Array,
+    bias: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    policy: str = "none",
+) -> jax.Array:
+    """Runs layers without hooks over a slice of a stack's parameters.
+
+    Args:
+      layer: unbound.
+      params: of the layers, stacked on a leading axis.
+      x: [B, L, d_model].
+      bias: broadcastable to [B, H, L, L].
+      rng: for dropout; None drops nothing.
+      policy: remat policy by name, see `blocks.REMAT_POLICIES`.
+
+    Returns:
+      [B, L, d_model] float32.
+    """
+
+    def body(one: Any, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+        rngs = None if key is None else {"dropout": key}
+        y = layer.apply({"params": one}, x, bias, key is None, rngs=rngs)
+        return partitioning.constrain_batch(y), None
+
+    return blocks.scan_layers(body, params, x, rng, policy)[0]
+
+
 def hooks_params(module: nn.Module, name: str, layer: nn.Module, count: int) -> Any:
     """Returns the parameters of a layer's hooks, stacked over `count` layers; from a setup.
 

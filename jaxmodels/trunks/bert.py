@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxmodels.core import attention, blocks, embeddings, hooks, layers, partitioning, stack
+from jaxmodels.core import attention, blocks, embeddings, hooks, layers, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,15 +172,8 @@ def run_dense_layers(
     Returns:
       [B, L, d_model] float32.
     """
-    layer = config.make_layer()
     bias = attention.key_mask_bias(mask)[:, None, None, :]
-
-    def body(layer_params: Any, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
-        rngs = None if key is None else {"dropout": key}
-        y = layer.apply({"params": layer_params}, x, bias, key is None, rngs=rngs)
-        return partitioning.constrain_batch(y), None
-
-    return blocks.scan_layers(body, params, x, rng, config.remat)[0]
+    return stack.run_layers(config.make_layer(), params, x, bias, rng, config.remat)
 
 
 class BertModel(nn.Module):

@@ -16,7 +16,7 @@ class Fixed:
 
     Attributes:
       contexts: a layer's keys and values of the encoder output, of the B examples.
-      mask_bias: [B, 1, 1, L], 0 on real rows of the encoder output.
+      mask_bias: [B, 1, 1, L], added to scores of rows of the encoder output; 0 on real ones.
       prepared: the parameters as steps read them.
     """
 
@@ -105,6 +105,8 @@ class EncoderDecoder(nn.Module):
         attention_mask: jax.Array | None = None,
         decoder_attention_mask: jax.Array | None = None,
         deterministic: bool = True,
+        *,
+        context_bias: jax.Array | None = None,
     ) -> jax.Array:
         """Runs the decoder on whole sequences (training).
 
@@ -115,6 +117,8 @@ class EncoderDecoder(nn.Module):
           decoder_attention_mask: [B, T], 1 on tokens that may be attended to; default all ones
             (padding behind a sequence is behind what the causal mask lets it see).
           deterministic: no dropout.
+          context_bias: [B, L] float32, in place of `attention_mask`: added to the scores of a row
+            of `encoded`, whatever attends to it.
 
         Returns:
           [B, T, d_model] float32, after the final norm where there is one; `head` makes logits of
@@ -130,6 +134,7 @@ class EncoderDecoder(nn.Module):
         if decoder_attention_mask is not None:
             bias = bias + attention.hidden_keys_bias(decoder_attention_mask)
         mask = None if attention_mask is None else attention.hidden_keys_bias(attention_mask)
+        mask = mask if context_bias is None else context_bias[:, None, None, :]
         return self.decoder(x, bias, deterministic, context=encoded, context_bias=mask)
 
     def start_tokens(self, batch: int) -> jax.Array:
@@ -163,8 +168,11 @@ class EncoderDecoder(nn.Module):
         *,
         max_new_tokens: int,
         prepared: Prepared | None = None,
+        context_bias: jax.Array | None = None,
     ) -> Started:
         """As `start`, from what the decoder is to attend to, [B, L, d_model].
+
+        `context_bias` as for `decode`.
 
         Raises:
           ValueError: max_new_tokens is above the positions.
@@ -173,9 +181,10 @@ class EncoderDecoder(nn.Module):
         batch, length = encoded.shape[:2]
         if attention_mask is None:
             attention_mask = jnp.ones((batch, length), jnp.int32)
+        mask_bias = attention.hidden_keys_bias(attention_mask)
         fixed = Fixed(
             self.decoder.context_caches(encoded),
-            attention.hidden_keys_bias(attention_mask),
+            mask_bias if context_bias is None else context_bias[:, None, None, :],
             self.prepare() if prepared is None else prepared,
         )
         # The last new token is chosen and never read: max_new_tokens places hold all before it.

@@ -78,8 +78,19 @@ class T5Config:
                 raise ValueError(f"model.{field.name}={value}: must be at least 1.")
         layers.activation(self.activation)
 
-    def make_layer(self, decoder: bool = False) -> blocks.TransformerLayer:
-        """Returns one unbound layer; initialised as published (mm_cot.md section 5)."""
+    def make_layer(
+        self,
+        decoder: bool = False,
+        cls: type[blocks.TransformerLayer] = blocks.TransformerLayer,
+        **changes: Any,
+    ) -> Any:
+        """Returns one unbound layer, initialised as published.
+
+        Args:
+          decoder: with causal use and cross-attention.
+          cls: of the layer.
+          **changes: fields of the layer that differ, or that `cls` has besides.
+        """
         d_model, inner = self.d_model, self.num_heads * self.head_dim
         stds = {
             "query": (d_model * self.head_dim) ** -0.5,
@@ -89,25 +100,45 @@ class T5Config:
             "wi": d_model**-0.5,
             "wo": self.d_ff**-0.5,
         }
-        return blocks.TransformerLayer(
-            num_heads=self.num_heads,
-            d_model=d_model,
-            d_ff=self.d_ff,
-            norm_eps=self.norm_eps,
-            dropout_rate=self.dropout_rate,
-            attention_dropout_rate=self.dropout_rate,
-            ffn_dropout_rate=self.dropout_rate,
-            implementation=self.implementation,
-            dtype=self.dtype,
-            head_dim=self.head_dim,
-            scale=1.0,
-            use_bias=False,
-            norm="rms",
-            activation=self.activation,
-            gated=self.gated,
-            cross_attention=decoder,
-            inits=FrozenDict({name: layers.normal(std) for name, std in stds.items()}),
+        fields = {
+            "norm_eps": self.norm_eps,
+            "dropout_rate": self.dropout_rate,
+            "attention_dropout_rate": self.dropout_rate,
+            "ffn_dropout_rate": self.dropout_rate,
+            "implementation": self.implementation,
+            "dtype": self.dtype,
+            "scale": 1.0,
+            "use_bias": False,
+            "norm": "rms",
+            "activation": self.activation,
+            "gated": self.gated,
+            "cross_attention": decoder,
+            "inits": FrozenDict({name: layers.normal(std) for name, std in stds.items()}),
+        }
+        sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim, "d_ff": self.d_ff}
+        return cls(d_model=d_model, parent=None, **(fields | sizes | changes))
+
+    def make_bias(self, decoder: bool = False) -> RelativeBias:
+        """Returns the unbound relative position bias that all layers of a stack share."""
+        return RelativeBias(
+            self.num_heads,
+            self.num_buckets,
+            self.max_distance,
+            bidirectional=not decoder,
+            embedding_init=layers.normal(self.d_model**-0.5),
             parent=None,
+        )
+
+    def make_stack(self, decoder: bool = False) -> "T5Stack":
+        """Returns the encoder's or the decoder's stack."""
+        return T5Stack(
+            layer=self.make_layer(decoder),
+            num_layers=self.num_decoder_layers if decoder else self.num_layers,
+            layer_hooks=self.decoder_hooks if decoder else self.encoder_hooks,
+            final_norm="rms",
+            dropout_rate=self.dropout_rate,
+            remat=self.remat,
+            bias=self.make_bias(decoder),
         )
 
 
@@ -177,31 +208,15 @@ class T5(EncoderDecoder):
         config = self.config
         normal = layers.normal(1.0)
         self.shared = layers.Embedding(config.vocab_size, config.d_model, embedding_init=normal)
-        self.encoder = self._stack(decoder=False)
-        self.decoder = self._stack(decoder=True)
+        self.encoder = self.make_encoder()
+        self.decoder = config.make_stack(decoder=True)
         if not config.tied_head:
             self.lm_head = LMHead(config.d_model, config.vocab_size, normal)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def _stack(self, decoder: bool) -> T5Stack:
-        config = self.config
-        bias = RelativeBias(
-            config.num_heads,
-            config.num_buckets,
-            config.max_distance,
-            bidirectional=not decoder,
-            embedding_init=layers.normal(config.d_model**-0.5),
-            parent=None,
-        )
-        return T5Stack(
-            layer=config.make_layer(decoder),
-            num_layers=config.num_decoder_layers if decoder else config.num_layers,
-            layer_hooks=config.decoder_hooks if decoder else config.encoder_hooks,
-            final_norm="rms",
-            dropout_rate=config.dropout_rate,
-            remat=config.remat,
-            bias=bias,
-        )
+    def make_encoder(self) -> nn.Module:
+        """Returns the encoder; a method with another one derives a class."""
+        return self.config.make_stack()
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Returns the word embeddings of ids [B, L] int -> [B, L, d_model] float32."""

@@ -5,16 +5,15 @@ d width. Everything here is pure, without parameters, and linear in the states, 
 gradient needs indices and masks only and never saves the bank of differences.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxmodels.core.attention import MASK_BIAS
-
 MEAN_EPS = 1e-4  # the official mean divides by count + 1e-4
 SLOT_EPS = 1e-5  # floor of a block's attention before the logarithm
-GATE_EPS = 1e-4  # added to gates and token counts before the logarithm
-REPLACED_BIAS = -1e9  # key bias of coarse rows whose block is open (static layout)
 
 
 @struct.dataclass
@@ -33,6 +32,21 @@ class State:
 
 
 @struct.dataclass
+class Positions:
+    """Where in the text the rows stand, int32; relative position biases need it.
+
+    Attributes:
+      vip: [B, p].
+      fine: [B, m, b], of the tokens in blocks.
+      coarse: [B, m], of whole blocks.
+    """
+
+    vip: jax.Array
+    fine: jax.Array
+    coarse: jax.Array
+
+
+@struct.dataclass
 class Layout:
     """What stays the same in every VCC layer.
 
@@ -41,12 +55,14 @@ class Layout:
       vip_mask: [B, p] float32, 1 on real tokens in VIP slots.
       importance: [B, p] float32, 1 on slots that hold VIP tokens and vote.
       mask: M [B, m, b] float32, 1 on real tokens in blocks.
+      positions: of all rows, or None.
     """
 
     order: jax.Array
     vip_mask: jax.Array
     importance: jax.Array
     mask: jax.Array
+    positions: Positions | None = None
 
     @property
     def block_mask(self) -> jax.Array:
@@ -115,13 +131,27 @@ def block_positions(positions: jax.Array) -> jax.Array:
     return jnp.round(positions.astype(jnp.float32).mean(axis=-1)).astype(jnp.int32)
 
 
+def inverse(order: jax.Array) -> jax.Array:
+    """Returns the inverse of permutations [B, n] int32; no sort, which TPUs compile slowly."""
+    places = jnp.broadcast_to(jnp.arange(order.shape[1], dtype=jnp.int32), order.shape)
+    return set_rows(jnp.zeros_like(places), order, places)
+
+
 def sort_by_importance(vip_mask: jax.Array) -> jax.Array:
     """Returns token indices, VIPs first in text order, then the rest: [B, n] -> [B, n] int32."""
-    return jnp.argsort(-vip_mask.astype(jnp.int32), axis=-1, stable=True).astype(jnp.int32)
+    vip = (vip_mask > 0).astype(jnp.int32)
+    before, rest = jnp.cumsum(vip, axis=-1), jnp.cumsum(1 - vip, axis=-1)
+    return inverse(jnp.where(vip > 0, before - 1, before[:, -1:] + rest - 1))
 
 
 def enter(
-    x: jax.Array, mask: jax.Array, vip_mask: jax.Array, num_vip: int, block_size: int
+    x: jax.Array,
+    mask: jax.Array,
+    vip_mask: jax.Array,
+    num_vip: int,
+    block_size: int,
+    positions: jax.Array | None = None,
+    close: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = compress,
 ) -> tuple[State, Layout]:
     """Compresses a sequence (section 3.2).
 
@@ -134,6 +164,8 @@ def enter(
       vip_mask: [B, n], 1 on VIP tokens.
       num_vip: p.
       block_size: b.
+      positions: [B, n] int, where the tokens stand; only models with relative positions need it.
+      close: what `compress` does, of all blocks.
 
     Returns:
       the state, and the layout that `leave` and the layers need.
@@ -159,17 +191,37 @@ def enter(
         importance=importance[:, :num_vip],
         mask=row_mask[:, num_vip:].reshape(batch, blocks, block_size),
     )
+    if positions is not None:
+        placed = jnp.take_along_axis(positions.astype(jnp.int32), order, axis=1)
+        within = placed[:, num_vip:].reshape(batch, blocks, block_size)
+        placed = Positions(placed[:, :num_vip], within, block_positions(within))
+        layout = layout.replace(positions=placed)
     fine = rows[:, num_vip:].reshape(batch, blocks, block_size, d)
-    coarse, difference = compress(fine, layout.mask)
+    coarse, difference = close(fine, layout.mask)
     return State(rows[:, :num_vip], coarse, difference), layout
 
 
-def leave(state: State, layout: Layout) -> jax.Array:
-    """Decompresses to text order (section 3.5): [B, n, d]; padding in blocks becomes exactly 0."""
+def open_all(coarse: jax.Array, difference: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the tokens [B, m, b, d] of all blocks; padding becomes exactly 0."""
+    return decompress(coarse, difference) * mask[..., None]
+
+
+def leave(
+    state: State,
+    layout: Layout,
+    open_blocks: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = open_all,
+) -> jax.Array:
+    """Decompresses to text order (section 3.5): [B, n, d]; padding in blocks becomes exactly 0.
+
+    Args:
+      state: after the last layer.
+      layout: of the sequence.
+      open_blocks: what `open_all` does.
+    """
     batch, blocks, size, d = state.difference.shape
-    tokens = decompress(state.coarse, state.difference) * layout.mask[..., None]
+    tokens = open_blocks(state.coarse, state.difference, layout.mask)
     rows = jnp.concatenate([state.vip, tokens.reshape(batch, blocks * size, d)], axis=1)
-    return take_rows(rows, jnp.argsort(layout.order, axis=-1))
+    return take_rows(rows, inverse(layout.order))
 
 
 def padded_length(n: int, num_vip: int, block_size: int) -> int:
@@ -185,6 +237,8 @@ def select(
     order_by: jax.Array | None = None,
     explored: jax.Array | None = None,
     straight_through: bool = True,
+    vote_average: str = "slots",
+    open_share: float = 1.0,
 ) -> Selection:
     """Chooses the blocks to open (section 3.4a).
 
@@ -195,18 +249,32 @@ def select(
       order_by: [B, m] scores that replace s in the ordering (random selection, exploration).
       explored: [B] bool, where `order_by` counts; everywhere if None.
       straight_through: the gates carry gradient into softmax(s); random selection has none.
+      vote_average: a block's votes are divided by p ("slots"), or by the VIPs there are ("vips").
+      open_share: below 1, blocks are opened, best first, until they have this share of the votes
+        (all k where `order_by` counts). Slots left over name the last block, which is padding.
 
     Returns:
       the selection; ties go to the lowest block index.
     """
     voted = jnp.einsum("bp,bpm->bm", layout.importance, weights.mean(axis=1))
-    scores = jnp.log(voted / weights.shape[2] + SLOT_EPS)
+    voters: Any = weights.shape[2]
+    if vote_average == "vips":
+        voters = jnp.maximum(layout.importance.sum(axis=-1, keepdims=True), 1.0)
+    scores = jnp.log(voted / voters + SLOT_EPS)
     ordering = jax.lax.stop_gradient(scores)
     if order_by is not None:
         where = True if explored is None else explored[:, None]
         ordering = jnp.where(where, order_by, ordering)
     ranked = jnp.argsort(-ordering, axis=-1, stable=True).astype(jnp.int32)
     fine, rest = ranked[:, :num_fine], ranked[:, num_fine:]
+    if open_share < 1.0:
+        votes = jnp.take_along_axis(voted, fine, axis=1)
+        before = jnp.cumsum(votes, axis=1) - votes
+        needed = before < open_share * voted.sum(axis=1, keepdims=True)
+        needed |= voted.max(axis=1, keepdims=True) == 0  # no VIP: all are as good
+        if order_by is not None:
+            needed |= True if explored is None else explored[:, None]
+        fine = jnp.where(needed, fine, scores.shape[1] - 1)
     gate = jnp.ones_like(scores)
     if straight_through:
         share = jax.nn.softmax(scores, axis=-1)
@@ -225,85 +293,3 @@ def random_order(rng: jax.Array, block_mask: jax.Array) -> jax.Array:
 def refine(state: State, fine: jax.Array) -> jax.Array:
     """Opens blocks (section 3.4b): indices [B, k] -> token states [B, k, b, d]."""
     return decompress(take_rows(state.coarse, fine), take_rows(state.difference, fine))
-
-
-@struct.dataclass
-class Rows:
-    """The r rows a VCC layer runs on: opened tokens, coarse rows, VIP slots, in this order.
-
-    Attributes:
-      x: X [B, r, d].
-      gate: sigma [B, r].
-      bias: [B, r] float32, added to the scores of each row as a key.
-    """
-
-    x: jax.Array
-    gate: jax.Array
-    bias: jax.Array
-
-
-def gather_rows(
-    state: State, layout: Layout, chosen: Selection, *, scale_correction: bool, keep_all: bool
-) -> Rows:
-    """Builds the rows of a layer (section 3.4b, c).
-
-    Args:
-      state: before the layer.
-      layout: of the sequence.
-      chosen: the blocks to open.
-      scale_correction: coarse keys count log(b) more.
-      keep_all: keep all m coarse rows and mask the opened ones (static layout), instead of
-        dropping them.
-
-    Returns:
-      r = p + k b + m rows, or p + k b + m - k.
-    """
-    fine = refine(state, chosen.fine)
-    batch, k, size, d = fine.shape
-    coarse, coarse_gate, coarse_mask = state.coarse, chosen.gate, layout.block_mask
-    if not keep_all and k:
-        coarse, coarse_gate, coarse_mask = (
-            take_rows(rows, chosen.rest) for rows in (coarse, coarse_gate, coarse_mask)
-        )
-    fine_gate = jnp.repeat(take_rows(chosen.gate, chosen.fine), size, axis=1)
-    fine_mask = take_rows(layout.mask, chosen.fine).reshape(batch, k * size)
-    gate = jnp.concatenate([fine_gate, coarse_gate, jnp.ones_like(layout.vip_mask)], axis=1)
-    mask = jnp.concatenate([fine_mask, coarse_mask, layout.vip_mask], axis=1)
-    bias = MASK_BIAS * (1.0 - mask) + jnp.log(gate + GATE_EPS)
-    first, last = k * size, k * size + coarse.shape[1]
-    if scale_correction:
-        tokens = jnp.ones((gate.shape[1],)).at[first:last].set(size)
-        bias = bias + jnp.log(tokens + GATE_EPS)
-    if keep_all and k:
-        opened = jnp.full(chosen.fine.shape, REPLACED_BIAS)
-        bias = bias.at[:, first:last].set(set_rows(bias[:, first:last], chosen.fine, opened))
-    x = jnp.concatenate([fine.reshape(batch, k * size, d), coarse, state.vip], axis=1)
-    return Rows(x, gate, bias)
-
-
-def scatter_rows(state: State, layout: Layout, chosen: Selection, y: jax.Array) -> State:
-    """Writes the rows of a layer back (section 3.4e); the inverse of `gather_rows`.
-
-    Args:
-      state: before the layer.
-      layout: of the sequence.
-      chosen: the blocks that were open.
-      y: Y [B, r, d], the rows after the layer.
-
-    Returns:
-      the state with VIP and coarse rows replaced, and the means and differences of the k opened
-      blocks computed anew; the differences of all other blocks are untouched.
-    """
-    batch, k = chosen.fine.shape
-    size, d = state.difference.shape[2:]
-    first, last = k * size, y.shape[1] - state.vip.shape[1]
-    coarse = y[:, first:last]
-    if last - first < state.coarse.shape[1]:
-        coarse = set_rows(state.coarse, chosen.rest, coarse)
-    opened = y[:, :first].reshape(batch, k, size, d)
-    mean, difference = compress(opened, take_rows(layout.mask, chosen.fine))
-    return State(
-        vip=y[:, last:],
-        coarse=set_rows(coarse, chosen.fine, mean),
-        difference=set_rows(state.difference, chosen.fine, difference),
-    )

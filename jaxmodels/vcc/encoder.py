@@ -1,188 +1,44 @@
-"""The VCC transformer layer and the stack that mixes it with local and dense layers (section 3).
+"""The stack of layers: local segments, VCC layers and dense layers over one tree of parameters."""
 
-A VCC layer has exactly the parameters of the pre-norm transformer layer: any pre-norm checkpoint
-loads, and one stack of parameters runs dense, in local segments, or compressed.
-"""
-
-import dataclasses
 import itertools
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from jaxmodels.core import attention, blocks, layers, partitioning
-from jaxmodels.trunks import bert
-from jaxmodels.vcc import compression
+from jaxmodels.core.relative_bias import RelativeBias
+from jaxmodels.core.stack import run_layers
+from jaxmodels.vcc import compression, kernels
+from jaxmodels.vcc.config import VccConfig
+from jaxmodels.vcc.layer import RelativePositions, VccLayer, run_vcc_layers
+from jaxmodels.vcc.rows import last_rows
 
 _log = logging.getLogger(__name__)
 
-KINDS = ("local", "vcc", "dense")
-SELECTORS = ("attention", "random")
-LAYOUTS = ("static", "gather")
-OVERFLOWS = ("error", "warn", "demote")
+Parts = tuple[Any, RelativePositions | None]  # parameters of layers, and the position bias
+Masks = tuple[jax.Array, jax.Array]  # of real tokens and of VIPs
+Encoded = tuple[jax.Array, dict[str, jax.Array]]
 
 
-@dataclasses.dataclass(frozen=True)
-class VccConfig:
-    """How a stack of layers compresses.
+class Trunk(Protocol):
+    """What the stack asks of a trunk's sizes; `bert.BertConfig` and `t5.T5Config` have it.
 
     Attributes:
-      kinds: one of "local", "vcc", "dense" a layer.
-      num_vip: p, VIP slots.
-      block_size: b, tokens a block.
-      num_fine_blocks: k, blocks opened a layer; more than there are is all of them.
-      segment_length: g, tokens a local segment.
-      selector: "attention" (the layer's own) or "random".
-      explore_prob: chance, a training example and layer, of a random order instead.
-      scale_correction: coarse keys count log(b) more, for the b tokens they stand for.
-      straight_through: selection learns through the gates (False only for ablation).
-      layout: "static" keeps all m coarse rows and masks the opened ones; "gather" drops them
-        (exact r = p + k b + m - k rows). The numbers are the same.
-      overflow: what `inputs.check_inputs` does with more VIPs than slots.
-
-    Raises:
-      ValueError: a setting out of its range.
+      d_model: width of the residual stream.
+      norm_eps: of the norms.
+      remat: remat policy of the layers.
     """
 
-    kinds: tuple[str, ...]
-    num_vip: int = 320
-    block_size: int = 16
-    num_fine_blocks: int = 44
-    segment_length: int = 512
-    selector: str = "attention"
-    explore_prob: float = 0.1
-    scale_correction: bool = True
-    straight_through: bool = True
-    layout: str = "static"
-    overflow: str = "error"
+    d_model: int
+    norm_eps: float
+    remat: str
 
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            _one_of("kinds", kind, KINDS)
-        _one_of("selector", self.selector, SELECTORS)
-        _one_of("layout", self.layout, LAYOUTS)
-        _one_of("overflow", self.overflow, OVERFLOWS)
-        smallest = {"num_vip": 1, "block_size": 1, "num_fine_blocks": 0, "segment_length": 1}
-        for name, least in smallest.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least {least}.")
-        if not 0.0 <= self.explore_prob <= 1.0:
-            raise ValueError(f"model.explore_prob={self.explore_prob}: must be within [0, 1].")
-
-    def compressed_length(self, n: int) -> int:
-        """Returns r = p + k b + (m - k), the rows a VCC layer runs on for `n` tokens."""
-        m = (compression.padded_length(n, self.num_vip, self.block_size) - self.num_vip) // (
-            self.block_size
-        )
-        k = min(self.num_fine_blocks, m)
-        return self.num_vip + k * self.block_size + m - k
-
-
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"model.{name}={value!r}: use one of {', '.join(accepted)}.")
-
-
-def layer_kinds(num_local: int, num_vcc: int) -> tuple[str, ...]:
-    """Returns the published arrangement: local layers first, VCC layers after them."""
-    return ("local",) * num_local + ("vcc",) * num_vcc
-
-
-class VccLayer(blocks.TransformerLayer):
-    """The parts of a VCC layer that have parameters (section 3.4a and d); see `run_vcc_layer`.
-
-    Attributes:
-      vcc: how to compress.
-    """
-
-    vcc: VccConfig | None = None
-
-    def choose(
-        self,
-        state: compression.State,
-        layout: compression.Layout,
-        rng: jax.Array | None = None,
-        explore: bool = False,
-    ) -> compression.Selection:
-        """Selects the blocks to open with this layer's own norm, queries and keys (3.4a).
-
-        Args:
-          state: before the layer.
-          layout: of the sequence.
-          rng: for exploration and random selection.
-          explore: open random blocks in a share `explore_prob` of the examples.
-        """
-        vcc = self.vcc
-        num_fine = min(vcc.num_fine_blocks, state.coarse.shape[1])
-        query = self.attention.queries(self.attention_norm(state.vip))
-        key = self.attention.keys(self.attention_norm(state.coarse))
-        bias = attention.key_mask_bias(layout.block_mask)[:, None, None, :]
-        weights = attention.attention_weights(query, key, bias)
-        order, explored, learn = None, None, vcc.straight_through
-        if vcc.selector == "random":
-            rng = jax.random.key(0) if rng is None else rng
-            order, learn = compression.random_order(rng, layout.block_mask), False
-        elif explore and vcc.explore_prob > 0:
-            coin, noise = jax.random.split(rng)
-            explored = jax.random.bernoulli(coin, vcc.explore_prob, weights.shape[:1])
-            order = jax.random.uniform(noise, layout.block_mask.shape)
-        return compression.select(
-            weights, layout, num_fine, order_by=order, explored=explored, straight_through=learn
-        )
-
-    def encode(self, rows: compression.Rows, deterministic: bool = True) -> jax.Array:
-        """Runs both branches on the r rows (3.4d): Y = (f + a) * sigma + X, [B, r, d] float32."""
-        x, bias = rows.x, rows.bias[:, None, None, :]
-        mixed = self.attention(self.attention_norm(x), bias, deterministic=deterministic)
-        mixed = self.drop(mixed, deterministic)
-        out = self.drop(self.ffn(self.ffn_norm(mixed + x)), deterministic)
-        return (out + mixed) * rows.gate[..., None] + x
-
-
-def run_vcc_layer(
-    layer: VccLayer,
-    params: Any,
-    state: compression.State,
-    layout: compression.Layout,
-    rng: jax.Array | None = None,
-    policy: str = "none",
-) -> tuple[compression.State, compression.Selection]:
-    """Runs one VCC layer: select, refine, encode, write back (section 3.4).
-
-    Args:
-      layer: unbound module.
-      params: its parameters.
-      state: P, C, D.
-      layout: of the sequence.
-      rng: for dropout and exploration while training; None runs deterministically.
-      policy: remat policy of `encode` alone: selection, refine and write-back are linear in the
-        bank of differences and save only indices, while recomputing them would save the bank.
-
-    Returns:
-      the state after the layer, and which blocks it opened.
-    """
-    deterministic = rng is None
-    pick, drop = (None, None) if deterministic else jax.random.split(rng)
-    variables = {"params": params}
-    chosen = layer.apply(variables, state, layout, pick, not deterministic, method="choose")
-    rows = compression.gather_rows(
-        state,
-        layout,
-        chosen,
-        scale_correction=layer.vcc.scale_correction,
-        keep_all=layer.vcc.layout == "static",
-    )
-
-    def encode(variables: Any, rows: compression.Rows, key: jax.Array | None) -> jax.Array:
-        rngs = None if key is None else {"dropout": key}
-        return layer.apply(variables, rows, deterministic, rngs=rngs, method="encode")
-
-    rows = rows.replace(x=partitioning.constrain_batch(rows.x))
-    y = blocks.remat(encode, policy)(variables, rows, drop)
-    return compression.scatter_rows(state, layout, chosen, y), chosen
+    def make_layer(self, *, cls: type[blocks.TransformerLayer] = ..., **changes: Any) -> Any:
+        """Returns one unbound layer of class `cls`, with fields changed or added."""
 
 
 def pad_length(x: jax.Array, length: int, axis: int = 1) -> jax.Array:
@@ -192,16 +48,53 @@ def pad_length(x: jax.Array, length: int, axis: int = 1) -> jax.Array:
     return jnp.pad(x, widths)
 
 
+@struct.dataclass
+class Document:
+    """A document as the first VCC layer meets it, for any number of questions.
+
+    It holds what does not depend on a question where `VccConfig.question_apart`: embeddings, local
+    layers and initial compression, but nothing of the VCC layers, which read both.
+
+    Attributes:
+      coarse: C [B, m, d].
+      difference: D [B, m, b, d].
+      mask: M [B, m, b], 1 on real tokens.
+      length: tokens, before they were padded to blocks.
+    """
+
+    coarse: jax.Array
+    difference: jax.Array
+    mask: jax.Array
+    length: int = struct.field(pytree_node=False)
+
+    def behind(self, question: jax.Array) -> jax.Array:
+        """Returns the mask [B', p + length] of questions' masks [B', p], each with its document."""
+        mask = self.mask.reshape(len(self.mask), -1)[:, : self.length].astype(question.dtype)
+        mask = jnp.repeat(mask, len(question) // len(mask), axis=0)
+        return jnp.concatenate([question, mask], axis=1)
+
+
 class VccEncoder(nn.Module):
     """The stack: local segments, VCC layers, dense layers, in any order, and the final norm.
 
+    Parameters are those of the trunk's own stack: `layers`, `final_norm` and, with a position
+    bias, `relative_bias`.
+
     Attributes:
-      trunk: sizes; pre-norm.
+      trunk: sizes of a pre-norm trunk.
       vcc: how to compress, and the kind of every layer.
+      bias: unbound relative position bias that all layers share (T5), or None.
+      mask_value: key bias of padding in local and dense layers.
+      drop_weights: VCC layers drop attention weights at the trunk's rate while training.
+      dropout_rate: after the final norm while training.
     """
 
-    trunk: bert.BertConfig
+    trunk: Trunk
     vcc: VccConfig
+    bias: RelativeBias | None = None
+    mask_value: float = attention.MASK_BIAS
+    drop_weights: bool = True
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(
@@ -210,6 +103,7 @@ class VccEncoder(nn.Module):
         mask: jax.Array,
         vip_mask: jax.Array,
         deterministic: bool = True,
+        document: Document | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Encodes a sequence; lengths that fit no whole segment or block are padded and cut back.
 
@@ -218,64 +112,207 @@ class VccEncoder(nn.Module):
           mask: [B, n], 1 on real tokens.
           vip_mask: [B, n], 1 on VIP tokens.
           deterministic: no dropout, no exploration; else an rng named "dropout" is needed.
+          document: from `encode_document`; the other arguments are then the question's alone,
+            n = p. A batch of several questions a document has those of one side by side.
 
         Returns:
-          [B, n, d] float32 after the final norm, and what was opened: "fine_blocks"
-          [VCC layers, B, k], "scores" [VCC layers, B, m], "order" [B, n'] (token index of each
-          row; blocks start at row p). Empty without VCC layers.
+          [B, n, d] float32 after the final norm (with a document: question and document), and what
+          was opened: "fine_blocks" [VCC layers, B, k], "scores" [VCC layers, B, m], "order"
+          [B, n'] (token index of each row; blocks start at row p). Empty without VCC layers.
+          Where `vcc.cross_attention` is "rows": [B, r, d] of the rows of the last layer, and
+          beside what was opened their "key_bias" [B, r] float32, for attention to them.
+
+        Raises:
+          ValueError: a document or a question of another length where none is wanted.
         """
         init = blocks.stacked_init(self.trunk.make_layer(), len(self.vcc.kinds), self.trunk.d_model)
-        params = self.param("layers", init)
+        parts = (self.param("layers", init), self._relative())
         rng = None if deterministic else self.make_rng("dropout")
+        if self.vcc.question_apart:
+            x, opened = self._apart(parts, x, (mask, vip_mask), rng, document)
+        elif document is not None:
+            raise ValueError("a document without model.question_apart: its blocks would differ.")
+        else:
+            x, opened = self._mixed(parts, x, (mask, vip_mask), rng)
+        norm = layers.RMSNorm if self.trunk.make_layer().norm == "rms" else layers.LayerNorm
+        x = norm(self.trunk.norm_eps, name="final_norm")(x)
+        return nn.Dropout(self.dropout_rate)(x, deterministic=deterministic), opened
+
+    def encode_document(self, x: jax.Array, mask: jax.Array) -> Document:
+        """Runs what comes before the first VCC layer on a document alone.
+
+        Args:
+          x: [B, n, d] embeddings; those of positions from p on, where there are positions.
+          mask: [B, n], 1 on real tokens.
+
+        Raises:
+          ValueError: `vcc.question_apart` is off.
+        """
+        if not self.vcc.question_apart:
+            raise ValueError("encode_document needs model.question_apart=True.")
+        params = partitioning.unbox(self.variables["params"])
+        parts = (params["layers"], self._relative(params.get("relative_bias")))
+        return self._document(parts, x, mask)
+
+    def _relative(self, params: Any = None) -> RelativePositions | None:
+        """The shared position bias with its table, for use inside loops over layers."""
+        if self.bias is None:
+            return None
+        bias = self.bias.clone(parent=None)
+        if params is None:
+            params = self.param("relative_bias", lambda rng: bias.init(rng, 1, 1)["params"])
+        return RelativePositions(params, bias)
+
+    def _mixed(self, parts: Parts, x: jax.Array, masks: Masks, rng: Any) -> Encoded:
+        """Runs all layers, group by group of a kind."""
         opened: list[dict[str, jax.Array]] = []
-        first = 0
+        (params, relative), first, n = parts, 0, x.shape[1]
         for kind, group in itertools.groupby(self.vcc.kinds):
             last = first + len(list(group))
             part = blocks.layer_slice(params, first, last)
             key = None if rng is None else jax.random.fold_in(rng, first)
             if kind == "vcc":
-                x, trace = self._compressed(part, x, mask, vip_mask, key)
+                entered = self._enter(x, masks, relative)
+                x, trace = self._compressed(
+                    (part, relative), *entered, key, last == len(self.vcc.kinds)
+                )
+                x = x if "key_bias" in trace else x[:, :n]
                 opened.append(trace)
             elif kind == "local":
-                x = self._local(part, x, mask, key)
+                x = self._local(part, x, masks[0], key, relative)
             else:
-                x = bert.run_dense_layers(self.trunk, part, x, mask, key)
+                x = self._dense(part, x, masks[0], key, relative)
             first = last
-        x = layers.LayerNorm(self.trunk.norm_eps, name="final_norm")(x)
         return x, _join(opened)
 
-    def _local(self, params: Any, x: jax.Array, mask: jax.Array, rng: Any) -> jax.Array:
+    def _dense(
+        self, params: Any, x: jax.Array, mask: jax.Array, rng: Any, relative: Any
+    ) -> jax.Array:
+        """Runs the trunk's own layers."""
+        bias = attention.key_mask_bias(mask, self.mask_value)[:, None, None, :]
+        if relative is not None:
+            bias = bias + relative.along(x.shape[1])
+        return run_layers(self.trunk.make_layer(), params, x, bias, rng, self.trunk.remat)
+
+    def _local(
+        self, params: Any, x: jax.Array, mask: jax.Array, rng: Any, relative: Any
+    ) -> jax.Array:
         """Runs dense layers within independent segments of g tokens (section 3.1)."""
         batch, n, d = x.shape
         g = self.vcc.segment_length
         padded = g * -(-n // g)
         x, mask = pad_length(x, padded), pad_length(mask, padded)
         x, mask = x.reshape(-1, g, d), mask.reshape(-1, g)
-        x = bert.run_dense_layers(self.trunk, params, x, mask, rng)
+        # Positions within a segment differ as those in the text do: the relative bias is the same.
+        x = self._dense(params, x, mask, rng, relative)
         return x.reshape(batch, padded, d)[:, :n]
 
+    def _enter(
+        self, x: jax.Array, masks: Masks, relative: RelativePositions | None
+    ) -> tuple[compression.State, compression.Layout]:
+        """Compresses a sequence padded to whole blocks (section 3.2)."""
+        vcc = self.vcc
+        x, mask, vip_mask = (pad_length(a, vcc.padded_length(x.shape[1])) for a in (x, *masks))
+        positions = None
+        if relative is not None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), mask.shape)
+        run = kernels.blocks(vcc.kernels, vcc.block_size, x.shape[-1])
+        return compression.enter(
+            *(x, mask, vip_mask, vcc.num_vip, vcc.block_size, positions), run.enter
+        )
+
     def _compressed(
-        self, params: Any, x: jax.Array, mask: jax.Array, vip_mask: jax.Array, rng: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Runs VCC layers: enter once, leave once (section 3.2, 3.5)."""
-        n, vcc = x.shape[1], self.vcc
-        padded = compression.padded_length(n, vcc.num_vip, vcc.block_size)
-        x, mask, vip_mask = (pad_length(a, padded) for a in (x, mask, vip_mask))
-        state, layout = compression.enter(x, mask, vip_mask, vcc.num_vip, vcc.block_size)
-        num_blocks = state.coarse.shape[1]
+        self,
+        parts: Parts,
+        state: compression.State,
+        layout: compression.Layout,
+        rng: Any,
+        at_end: bool,
+    ) -> Encoded:
+        """Runs VCC layers, and leaves once (section 3.5); or keeps the rows for a decoder."""
+        vcc, (params, relative), num_blocks = self.vcc, parts, state.coarse.shape[1]
         if vcc.num_fine_blocks > num_blocks:  # said once a compilation
             _log.info(
-                "num_fine_blocks=%d, but %d tokens make %d blocks: every block is opened.",
-                *(vcc.num_fine_blocks, n, num_blocks),
+                "num_fine_blocks=%d, but there are %d blocks: every block is opened.",
+                *(vcc.num_fine_blocks, num_blocks),
             )
-        layer = self.trunk.make_layer(VccLayer, vcc=vcc)
+        state, trace = run_vcc_layers(
+            *(self.vcc_layer(), params, state, layout, rng, self.trunk.remat, relative)
+        )
+        trace |= {"order": layout.order}
+        if at_end and vcc.cross_attention == "rows":
+            x, bias = last_rows(state, layout, trace["fine_blocks"][-1])
+            return x, trace | {"key_bias": bias}
+        run = kernels.blocks(vcc.kernels, vcc.block_size, state.vip.shape[-1])
+        return compression.leave(state, layout, run.leave), trace
 
-        def body(layer_params: Any, state: compression.State, key: Any) -> tuple[Any, Any]:
-            state, chosen = run_vcc_layer(layer, layer_params, state, layout, key, self.trunk.remat)
-            return state, {"fine_blocks": chosen.fine, "scores": chosen.scores}
+    def _document(self, parts: Parts, x: jax.Array, mask: jax.Array, rng: Any = None) -> Document:
+        vcc, (params, relative), n = self.vcc, parts, x.shape[1]
+        local = vcc.kinds.count("local")
+        if local:
+            x = self._local(blocks.layer_slice(params, 0, local), x, mask, rng, relative)
+        padded = vcc.padded_length(vcc.num_vip + n) - vcc.num_vip
+        x, mask = pad_length(x, padded), pad_length(mask, padded).astype(jnp.float32)
+        x = x * mask[..., None].astype(x.dtype)
+        shape = (len(x), -1, vcc.block_size)
+        x, mask = x.reshape(*shape, x.shape[-1]), mask.reshape(shape)
+        run = kernels.blocks(vcc.kernels, vcc.block_size, x.shape[-1])
+        return Document(*run.enter(x, mask), mask, n)
 
-        state, trace = blocks.scan_layers(body, params, state, rng)
-        return compression.leave(state, layout)[:, :n], trace | {"order": layout.order}
+    def _apart(
+        self, parts: Parts, x: jax.Array, masks: Masks, rng: Any, document: Document | None
+    ) -> Encoded:
+        """Question and document, each alone up to the first VCC layer, and both from there on."""
+        vcc, (params, relative), p = self.vcc, parts, self.vcc.num_vip
+        local, keys = vcc.kinds.count("local"), [None] * 3
+        if rng is not None:
+            keys = list(jax.random.split(rng, 3))
+        if document is None and x.shape[1] > p:
+            document = self._document(parts, x[:, p:], masks[0][:, p:], keys[0])
+        elif document is None or x.shape[1] != p:
+            raise ValueError(
+                f"{x.shape[1]} tokens {'and no' if document is None else 'beside a'} document: "
+                f"model.question_apart wants model.num_vip={p} tokens of question (padded), and "
+                "the document behind them or encoded before."
+            )
+        x, mask, vip_mask = (a[:, :p] for a in (x, *masks))
+        repeats = len(x) // len(document.mask)
+        if repeats != 1:
+            document = jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), document)
+        if local:
+            x = self._local(blocks.layer_slice(params, 0, local), x, mask, keys[1], relative)
+        x = x * mask[..., None].astype(x.dtype)
+        layout = _apart_layout(document.mask, mask, vip_mask)
+        if relative is None:
+            layout = layout.replace(positions=None)
+        state = compression.State(x, document.coarse, document.difference)
+        part = blocks.layer_slice(params, local, len(vcc.kinds))
+        x, opened = self._compressed((part, relative), state, layout, keys[2], True)
+        return (x if "key_bias" in opened else x[:, : p + document.length]), opened
+
+    def vcc_layer(self) -> VccLayer:
+        """Returns one unbound VCC layer of the trunk's sizes."""
+        changes = {} if self.drop_weights else {"attention_dropout_rate": 0.0}
+        return self.trunk.make_layer(cls=VccLayer, vcc=self.vcc, **changes)
+
+
+def _apart_layout(
+    document: jax.Array, question: jax.Array, vip_mask: jax.Array
+) -> compression.Layout:
+    """The layout of p slots that hold the question, in the order of the text, and a document.
+
+    Args:
+      document: M [B, m, b].
+      question: [B, p], 1 on real tokens.
+      vip_mask: [B, p], 1 on tokens that vote.
+    """
+    batch, m, b = document.shape
+    p = question.shape[1]
+    order = jnp.broadcast_to(jnp.arange(p + m * b, dtype=jnp.int32), (batch, p + m * b))
+    within = order[:, p:].reshape(batch, m, b)
+    positions = compression.Positions(order[:, :p], within, compression.block_positions(within))
+    question, votes = (a.astype(jnp.float32) for a in (question, vip_mask * question))
+    return compression.Layout(order, question, votes, document, positions)
 
 
 def _join(opened: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
@@ -286,4 +323,4 @@ def _join(opened: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
         name: jnp.concatenate([trace[name] for trace in opened])
         for name in ("fine_blocks", "scores")
     }
-    return joined | {"order": opened[0]["order"]}
+    return opened[-1] | joined | {"order": opened[0]["order"]}

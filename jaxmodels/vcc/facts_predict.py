@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmodels.core.task import Batch, Params
 from jaxmodels.data import tokenizer
+from jaxmodels.vcc.opened import block_ranges
 
 
 def answer(task: Any, params: Params, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def answer(task: Any, params: Params, inputs: list[dict[str, Any]]) -> list[dict
             {
                 "answer": bpe.decode([task.vocabulary.value_ids[best]]).strip(),
                 "probability": round(float(chances[best]), 6),
-                "opened_blocks": _ranges(task, opened),
+                "opened_blocks": block_ranges(opened, task.vcc),
             }
         )
     return outputs
@@ -58,11 +59,11 @@ def _encode(task: Any, bpe: Any, number: int, row: dict[str, Any]) -> Batch:
             f"that the model was trained on ({known}, ...), like 'what is the code of KEY ?'."
         )
     ids = [words.cls_id, *question, *document]
-    longest = task.config.data.length
-    if len(ids) > longest or 1 + len(question) > task.vcc.num_vip:
+    longest, slots = task.config.data.length, task.config.model.num_vip
+    if len(ids) > longest or 1 + len(question) > slots:
         raise ValueError(
             f"row {number}: {len(ids)} tokens, {1 + len(question)} of them in the question; the "
-            f"model takes {longest} tokens and questions of {task.vcc.num_vip - 1}."
+            f"model takes {longest} tokens and questions of {slots - 1}."
         )
     length = 1 << (len(ids) - 1).bit_length()
     positions = np.arange(length)
@@ -74,14 +75,3 @@ def _encode(task: Any, bpe: Any, number: int, row: dict[str, Any]) -> Batch:
         "question_positions": np.asarray([[1 + keys[0]]]),
     }
     return {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
-
-
-def _ranges(task: Any, opened: dict[str, jax.Array]) -> list[list[list[int]]]:
-    """Returns, a VCC layer each, the first and last token of the opened blocks."""
-    if not opened:
-        return []
-    blocks = np.asarray(opened["order"])[0, task.vcc.num_vip :].reshape(-1, task.vcc.block_size)
-    return [
-        [[int(blocks[j].min()), int(blocks[j].max())] for j in layer]
-        for layer in np.asarray(opened["fine_blocks"])[:, 0]
-    ]

@@ -4,7 +4,6 @@ The question in front of the document is VIP; the answer, one of 16 values, is r
 question's key token, as logits tied to the value embeddings. Nothing but the trunk is trained.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,9 +13,10 @@ import numpy as np
 
 from jaxmodels.core import params as param_tree
 from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
-from jaxmodels.data import checks, folders, pipeline, pydoc_facts
+from jaxmodels.data import checks, pydoc_facts
 from jaxmodels.data.facts_text import VALUES
 from jaxmodels.vcc import initialization, losses, settings
+from jaxmodels.vcc.facts_data import FactsData
 from jaxmodels.vcc.inputs import check_inputs
 from jaxmodels.vcc.model import gather_tokens
 
@@ -45,16 +45,15 @@ class FactsTask(Task):
         """
         self.config = config
         self.trunk = settings.trunk_config(config.model)
-        self.vcc = settings.vcc_config(config.model)
+        self.vcc = settings.encoder_config(config.model)
         self.module = settings.make_trunk(self.trunk, self.vcc)
-        self.stages = _curriculum(config)
-        for length, groups, *_ in self.stages:
-            self._documents(length, groups)  # checks the sizes
-        vips = 1 + QUESTION_TOKENS * config.data.questions
-        if vips > self.vcc.num_vip and "vcc" in self.vcc.kinds:
+        self.data = FactsData(config)
+        self.stages = self.data.stages
+        vips, slots = 1 + QUESTION_TOKENS * config.data.questions, settings.num_slots(self.vcc)
+        if slots is not None and vips > slots:
             raise ValueError(
                 f"data.questions={config.data.questions} makes {vips} VIP tokens, but "
-                f"model.num_vip={self.vcc.num_vip}; raise num_vip or ask fewer questions."
+                f"model.num_vip={slots}; raise num_vip or ask fewer questions."
             )
         positions = config.data.length if self.restart is None else self.restart
         if positions > self.trunk.max_positions:
@@ -67,21 +66,21 @@ class FactsTask(Task):
     @property
     def restart(self) -> int | None:
         """Tokens after which positions restart; None where they run through the text."""
-        return self.vcc.segment_length if self.config.model.positions == "segment" else None
+        model = self.config.model
+        return model.segment_length if model.positions == "segment" else None
 
-    @functools.cached_property
+    @property
     def vocabulary(self) -> pydoc_facts.FactsVocabulary:
         """Token ids of keys and values; reads or trains the tokenizer."""
-        return pydoc_facts.vocabulary(
-            folders.data_dir(self.config.data.dir), self.config.model.vocab_size
-        )
+        return self.data.vocabulary
 
     def init(self, rng: jax.Array) -> Params:
         """See `Task.init`; a "copying" start is written over the random one."""
         rng_init, rng_copy = jax.random.split(rng)
         boxed = settings.init(self.module, rng_init)
         if self.config.model.init == "copying":
-            boxed = initialization.copying_params(rng_copy, boxed, self.vcc.kinds, self.trunk)
+            kinds = settings.kinds(self.config.model)
+            boxed = initialization.copying_params(rng_copy, boxed, kinds, self.trunk)
         return {"trunk": boxed}
 
     def param_groups(self, params: Params) -> Labels:
@@ -130,50 +129,13 @@ class FactsTask(Task):
 
     def source(self, split: str, length: int, groups: int, documents: int) -> Any:
         """Returns the documents of a split, built on first use."""
-        train, validation = (documents, 0) if split == "train" else (0, documents)
-        wanted = dataclasses.replace(
-            self._documents(length, groups),
-            train_documents=train,
-            validation_documents=validation,
-        )
-        return pydoc_facts.load(folders.data_dir(self.config.data.dir), split, wanted)
-
-    def _documents(self, length: int, groups: int) -> pydoc_facts.FactsConfig:
-        """Settings of the documents of one length.
-
-        Raises:
-          ValueError: the facts do not fit into that length.
-        """
-        data = self.config.data
-        try:
-            return pydoc_facts.FactsConfig(
-                length=length,
-                questions=data.questions,
-                fact_groups=groups,
-                slot=data.slot,
-                vocab_size=self.config.model.vocab_size,
-                seed=data.seed,
-            )
-        except ValueError as error:
-            raise ValueError(f"data.length, data.fact_groups or data.questions: {error}") from error
+        return self.data.source(split, length, groups, documents)
 
     def datasets(self, split: str) -> Any:
         """See `Task.datasets`: "train" runs through the curriculum, then stays at full length."""
-        options = pipeline.options_from(self.config.data)
-        if split != "train":
-            return self._evaluation(options)
-        stages = [
-            pipeline.Stage(
-                self.source("train", length, groups, documents), self._example, batch, steps
-            )
-            for length, groups, documents, batch, steps in self.stages
-        ]
-        return pipeline.train_batches(stages, seed=self.config.seed, options=options)
-
-    def _evaluation(self, options: pipeline.PipelineOptions) -> Any:
-        data = self.config.data
-        source = self.source("validation", data.length, data.fact_groups, data.validation_documents)
-        return pipeline.eval_batches(source, self._example, self.config.batch_size, options=options)
+        if split == "train":
+            return self.data.train_batches(self._example)
+        return self.data.eval_batches(self._example)
 
     def _example(self, record: dict[str, Any], rng: Any) -> dict[str, np.ndarray]:
         """Picks and checks the fields of a document."""
@@ -186,8 +148,9 @@ class FactsTask(Task):
             ).astype(np.int32)
             for name in FIELDS
         }
+        model = self.config.model
         mask, vip = check_inputs(
-            kept["attention_mask"], kept["vip_mask"], self.vcc.num_vip, self.vcc.overflow
+            kept["attention_mask"], kept["vip_mask"], model.num_vip, model.overflow
         )
         return kept | {"attention_mask": mask, "vip_mask": vip}
 
@@ -218,37 +181,3 @@ class FactsTask(Task):
         from jaxmodels.vcc import facts_predict
 
         return facts_predict.answer(self, params, inputs)
-
-
-def _curriculum(config: Any) -> list[tuple[int, int, int, int, int | None]]:
-    """Returns (length, fact groups, documents, batch size, steps) of each stage.
-
-    Raises:
-      ValueError: lists of different lengths, or more curriculum steps than steps in all.
-    """
-    data = config.data
-    lists = {
-        name: tuple(data[f"curriculum_{name}"])
-        for name in ("lengths", "groups", "batches", "steps")
-    }
-    sizes = {name: len(values) for name, values in lists.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"data.curriculum_* name different numbers of stages: {sizes}.")
-    for batch in lists["batches"]:
-        if batch % config.micro_batches:
-            raise ValueError(
-                f"data.curriculum_batches holds {batch}, which micro_batches="
-                f"{config.micro_batches} does not divide; choose multiples of it."
-            )
-    spent = sum(lists["steps"])
-    if spent >= config.total_steps and spent:
-        raise ValueError(
-            f"data.curriculum_steps takes {spent} steps of total_steps={config.total_steps}; "
-            "raise total_steps, so that training reaches data.length."
-        )
-    early = [
-        (length, groups, batch * steps, batch, steps)
-        for length, groups, batch, steps in zip(*lists.values(), strict=True)
-    ]
-    last = (data.length, data.fact_groups, data.train_documents, config.batch_size, None)
-    return [*early, last]

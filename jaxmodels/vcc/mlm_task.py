@@ -34,13 +34,13 @@ class MaskedLMTask(Task):
         """
         self.config = config
         self.trunk = settings.trunk_config(config.model)
-        self.vcc = settings.vcc_config(config.model)
+        self.vcc = settings.encoder_config(config.model)
         self.module = settings.make_trunk(self.trunk, self.vcc)
         self.head = bert.MLMHead(self.trunk.vocab_size, self.trunk.norm_eps, self.trunk.dtype)
-        data = config.data
-        if "vcc" in self.vcc.kinds and data.num_masked > self.vcc.num_vip:
+        data, slots = config.data, settings.num_slots(self.vcc)
+        if slots is not None and data.num_masked > slots:
             raise ValueError(
-                f"data.num_masked={data.num_masked} exceeds model.num_vip={self.vcc.num_vip}: "
+                f"data.num_masked={data.num_masked} exceeds model.num_vip={slots}: "
                 "masked tokens are the VIP tokens; raise num_vip or mask fewer."
             )
         if data.length > self.trunk.max_positions:
@@ -123,7 +123,8 @@ class MaskedLMTask(Task):
         rng_trunk, rng_head, rng_copy = jax.random.split(rng, 3)
         trunk = settings.init(self.module, rng_trunk)
         if self.config.model.init == "copying":
-            trunk = initialization.copying_params(rng_copy, trunk, self.vcc.kinds, self.trunk)
+            kinds = settings.kinds(self.config.model)
+            trunk = initialization.copying_params(rng_copy, trunk, kinds, self.trunk)
         states = np.zeros((1, 1, self.trunk.d_model), np.float32)
         return {"trunk": trunk, "mlm_head": self.head.init(rng_head, states)["params"]}
 
@@ -165,7 +166,7 @@ class MaskedLMTask(Task):
     def _example(self) -> "MaskedExample":
         mask_id = self.bpe.token_to_id("<mask>")
         objective = self.objective(self.config.data.objective, mask_id)
-        num_vip = self.vcc.num_vip if "vcc" in self.vcc.kinds else self.config.data.num_masked
+        num_vip = settings.num_slots(self.vcc) or self.config.data.num_masked
         return MaskedExample(str(self.tokenizer_path), objective, num_vip)
 
     def evaluators(self) -> dict[str, Evaluator]:

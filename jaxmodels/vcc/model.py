@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from jaxmodels.trunks import bert
 from jaxmodels.vcc import heads
-from jaxmodels.vcc.encoder import VccConfig, VccEncoder
+from jaxmodels.vcc.config import VccConfig
+from jaxmodels.vcc.encoder import VccEncoder
 
 
 class VccRoberta(nn.Module):
@@ -21,7 +22,8 @@ class VccRoberta(nn.Module):
       vcc: how to compress, and the kind of every layer.
 
     Raises:
-      ValueError: a post-norm trunk, or a list of kinds of another length than num_layers.
+      ValueError: a post-norm trunk, a list of kinds of another length than num_layers, or
+        cross-attention.
     """
 
     trunk: bert.BertConfig
@@ -36,6 +38,11 @@ class VccRoberta(nn.Module):
             raise ValueError(
                 f"{len(self.vcc.kinds)} layer kinds for model.num_layers={self.trunk.num_layers}; "
                 "give one kind a layer."
+            )
+        if self.vcc.cross_attention != "tokens":
+            raise ValueError(
+                f"model.cross_attention={self.vcc.cross_attention!r}: RoBERTa has no decoder that "
+                "would attend; use 'tokens'."
             )
         self.embeddings = self.trunk.make_embeddings("embeddings")
         self.encoder = VccEncoder(self.trunk, self.vcc)

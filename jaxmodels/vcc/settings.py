@@ -5,9 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.trunks import bert
-from jaxmodels.vcc import encoder
+from jaxmodels.trunks import bert, t5
+from jaxmodels.vcc.baseline_attentions import (
+    PATTERNS,
+    SparsePattern,
+    SparseRoberta,
+    SparseT5,
+    sparse_pattern,
+)
+from jaxmodels.vcc.config import VccConfig
 from jaxmodels.vcc.model import VccRoberta
+from jaxmodels.vcc.t5_model import VccT5
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -39,7 +47,38 @@ def trunk_config(model: Any) -> bert.BertConfig:
     )
 
 
-def vcc_config(model: Any) -> encoder.VccConfig:
+def t5_config(model: Any) -> t5.T5Config:
+    """Returns the sizes of a T5 from `config.model`.
+
+    Raises:
+      ValueError: sizes that cannot be.
+    """
+    same = (
+        "vocab_size",
+        "d_model",
+        "num_layers",
+        "num_decoder_layers",
+        "num_heads",
+        "head_dim",
+        "d_ff",
+        "activation",
+        "gated",
+        "tied_head",
+        "num_buckets",
+        "max_distance",
+        "dropout_rate",
+        "start_id",
+        "remat",
+    )
+    return t5.T5Config(
+        **{name: model[name] for name in same},
+        scaled_output=model.tied_head,
+        implementation=None if model.attention == "auto" else model.attention,
+        dtype=DTYPES[model.dtype],
+    )
+
+
+def vcc_config(model: Any) -> VccConfig:
     """Returns how to compress from `config.model`.
 
     Raises:
@@ -66,30 +105,98 @@ def vcc_config(model: Any) -> encoder.VccConfig:
         "selector",
         "explore_prob",
         "scale_correction",
+        "exact_counts",
+        "vote_average",
         "layout",
         "overflow",
+        "kernels",
+        "open_share",
+        "share_selection",
+        "cross_attention",  # of models with a decoder
     )
-    return encoder.VccConfig(kinds=kinds, **{name: model[name] for name in same})
+    return VccConfig(kinds=kinds, **{name: model[name] for name in same if name in model})
 
 
-def make_trunk(trunk: bert.BertConfig, vcc: encoder.VccConfig) -> VccRoberta | bert.BertModel:
-    """Returns the encoder: RoBERTa where every layer is dense, VCC-RoBERTa else; one tree."""
-    if set(vcc.kinds) == {"dense"}:
+def encoder_config(model: Any) -> VccConfig | SparsePattern:
+    """Returns how the encoder attends, by `config.model.encoder`: one flag for all comparisons.
+
+    Raises:
+      ValueError: settings that do not fit together, or that this encoder does not have.
+    """
+    if model.encoder not in PATTERNS:
+        return vcc_config(model)
+    if model.layer_kinds:
+        raise ValueError(
+            f"model.layer_kinds={tuple(model.layer_kinds)} arranges local, vcc and dense layers; "
+            f"with model.encoder={model.encoder} every layer has that attention: leave it empty."
+        )
+    names = vars(PATTERNS[model.encoder]).keys()
+    sizes = {name: model.sparse[name] for name in names if name in model.sparse}
+    if model.encoder == "longt5_local":
+        sizes.pop("global_block_size")  # which is what makes it local
+    try:
+        return sparse_pattern(model.encoder, **sizes)
+    except ValueError as error:
+        raise ValueError(f"model.sparse: {error}") from error
+
+
+def num_slots(encoder: VccConfig | SparsePattern) -> int | None:
+    """Returns the VIP slots of an encoder; None where no layer compresses."""
+    compresses = isinstance(encoder, VccConfig) and "vcc" in encoder.kinds
+    return encoder.num_vip if compresses else None
+
+
+def kinds(model: Any) -> tuple[str, ...]:
+    """Returns the kind of every layer, with sparse attention told as local or dense."""
+    if model.encoder not in PATTERNS:
+        return vcc_config(model).kinds
+    local = min(model.num_local_layers, model.num_layers)
+    return ("local",) * local + ("dense",) * (model.num_layers - local)
+
+
+def make_trunk(
+    trunk: bert.BertConfig, encoder: VccConfig | SparsePattern
+) -> VccRoberta | SparseRoberta | bert.BertModel:
+    """Returns RoBERTa: with a sparse encoder, plain where every layer is dense, else VCC-RoBERTa.
+
+    All have one tree of parameters (patterns that summarise add to it).
+    """
+    if isinstance(encoder, SparsePattern):
+        return SparseRoberta(trunk, encoder)
+    if set(encoder.kinds) == {"dense"}:
         return bert.BertModel(trunk)
-    return VccRoberta(trunk, vcc)
+    return VccRoberta(trunk, encoder)
 
 
-def init(module: VccRoberta | bert.BertModel, rng: jax.Array) -> Any:
+def make_t5(trunk: t5.T5Config, encoder: VccConfig | SparsePattern) -> VccT5 | SparseT5 | t5.T5:
+    """Returns T5: with a sparse encoder, plain where every encoder layer is dense, else VCC-T5.
+
+    All have one tree of parameters (patterns that summarise add to it).
+    """
+    if isinstance(encoder, SparsePattern):
+        return SparseT5(trunk, encoder)
+    return t5.T5(trunk) if set(encoder.kinds) == {"dense"} else VccT5(trunk, encoder)
+
+
+def vips(module: VccT5 | SparseT5 | t5.T5, batch: Any) -> dict[str, jax.Array]:
+    """Returns the VIP mask of a batch as keywords for the methods of `module`, if it has any."""
+    return {"vip_mask": batch["vip_mask"]} if isinstance(module, VccT5 | SparseT5) else {}
+
+
+Trunk = VccRoberta | SparseRoberta | bert.BertModel
+
+
+def init(module: Trunk | VccT5 | SparseT5 | t5.T5, rng: jax.Array) -> Any:
     """Returns fresh boxed parameters of a trunk; they do not depend on the input's length."""
     ids = jnp.zeros((1, 2), jnp.int32)
+    if isinstance(module, t5.T5):
+        return module.init(rng, ids, **vips(module, {"vip_mask": ids}))["params"]
     if isinstance(module, bert.BertModel):
         return module.init(rng, ids)["params"]
     return module.init(rng, ids, ids + 1, ids)["params"]
 
 
-def encode(
-    module: VccRoberta | bert.BertModel, params: Any, batch: Any, rng: Any = None
-) -> tuple[Any, Any]:
+def encode(module: Trunk, params: Any, batch: Any, rng: Any = None) -> tuple[Any, Any]:
     """Runs a trunk on a batch.
 
     Args:

@@ -9,19 +9,23 @@ from jaxmodels.weights.tensor_file import TensorFile
 _BIAS = "relative_attention_bias.weight"
 
 
-def t5_rules(*, gated: bool, tied_head: bool, decoder: bool = True) -> Rules:
+def t5_rules(
+    *, gated: bool, tied_head: bool, decoder: bool = True, repeated_bias: int = 1
+) -> Rules:
     """Returns the table of `T5ForConditionalGeneration`, or of `T5EncoderModel`.
 
     Args:
       gated: the feed-forward has wi_0 and wi_1 (v1.1) in place of wi.
       tied_head: the word table is the head: a `lm_head.weight` in the file must equal it.
       decoder: the file has one.
+      repeated_bias: encoder layers under which the position bias stands, one array in all of them:
+        1 as published, every layer in files of the VCC authors.
     """
     tied = ["encoder.embed_tokens.weight"] + ["decoder.embed_tokens.weight"] * decoder
     tied += ["lm_head.weight"] * (tied_head and decoder)
     rules: list[Rule | Ignore] = [
         Rule("shared.weight", "shared/embedding", aliases=tuple(tied)),
-        *_stack("encoder", ("attention",), gated),
+        *_stack("encoder", ("attention",), gated, repeated_bias),
     ]
     if decoder:
         rules += _stack("decoder", ("attention", "cross"), gated)
@@ -32,10 +36,13 @@ def t5_rules(*, gated: bool, tied_head: bool, decoder: bool = True) -> Rules:
     return rules
 
 
-def _stack(name: str, attentions: tuple[str, ...], gated: bool) -> list[Rule | Ignore]:
+def _stack(
+    name: str, attentions: tuple[str, ...], gated: bool, repeated_bias: int = 1
+) -> list[Rule | Ignore]:
     block, ours = f"{name}.block.{{i}}.layer", f"{name}/layers"
+    bias, *copies = (_bias_key(name, i) for i in range(repeated_bias))
     rules: list[Rule | Ignore] = [
-        Rule(f"{name}.block.0.layer.0.SelfAttention.{_BIAS}", f"{name}/relative_bias/embedding"),
+        Rule(bias, f"{name}/relative_bias/embedding", aliases=tuple(copies), copies=tuple(copies)),
         *norm(f"{name}.final_layer_norm", f"{name}/final_norm", bias=False),
     ]
     for i, attention in enumerate(attentions):
@@ -51,6 +58,10 @@ def _stack(name: str, attentions: tuple[str, ...], gated: bool) -> list[Rule | I
         rules += dense(source, f"{ours}/ffn/{part}", bias=False)
     rules += norm(f"{block}.{last}.layer_norm", f"{ours}/ffn_norm", bias=False)
     return rules
+
+
+def _bias_key(stack: str, layer: int) -> str:
+    return f"{stack}.block.{layer}.layer.0.SelfAttention.{_BIAS}"
 
 
 def _gated(file: TensorFile) -> bool:
@@ -69,13 +80,19 @@ def _tied(file: TensorFile) -> bool:
 
 
 def _rules(file: TensorFile) -> Rules:
-    decoder = _has_decoder(file)
-    return t5_rules(gated=_gated(file), tied_head=_tied(file), decoder=decoder)
+    layers = count_layers(file, "encoder.block.")
+    copies = sum(_bias_key("encoder", i) in file for i in range(layers))
+    return t5_rules(
+        gated=_gated(file),
+        tied_head=_tied(file),
+        decoder=_has_decoder(file),
+        repeated_bias=layers if copies > 1 else 1,
+    )
 
 
 def _settings(file: TensorFile) -> dict[str, Any]:
     q = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    table = f"encoder.block.0.layer.0.SelfAttention.{_BIAS}"
+    table = _bias_key("encoder", 0)
     wi = "encoder.block.0.layer.1.DenseReluDense." + ("wi_0" if _gated(file) else "wi")
     vocab_size, d_model = file.shape("shared.weight")
     num_buckets, num_heads = file.shape(table)
@@ -108,7 +125,7 @@ def _settings(file: TensorFile) -> dict[str, Any]:
 FAMILIES = (
     Family(
         "t5",
-        detect=lambda file: 2 * (f"encoder.block.0.layer.0.SelfAttention.{_BIAS}" in file),
+        detect=lambda file: 2 * (_bias_key("encoder", 0) in file),
         rules=_rules,
         settings=_settings,
     ),

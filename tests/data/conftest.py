@@ -12,6 +12,11 @@ SMALL = pydoc_facts.FactsConfig(
 )
 
 
+# Native readers, held until the process ends: a worker of the tests has crashed in one of their
+# threads while pytest let go of the fixtures of a session.
+_HELD: list[Any] = []
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder of data sets; tests that damage something copy it."""
@@ -25,13 +30,15 @@ def vocabulary(data_dir: pathlib.Path) -> pydoc_facts.FactsVocabulary:
 
 @pytest.fixture(scope="session")
 def bpe(vocabulary: pydoc_facts.FactsVocabulary) -> Any:
-    return tokenizer.load(vocabulary.tokenizer_path)
+    _HELD.append(tokenizer.load(vocabulary.tokenizer_path))
+    return _HELD[-1]
 
 
 @pytest.fixture(scope="session")
 def small(data_dir: pathlib.Path) -> pydoc_facts.FactsSource:
     """The train split of `SMALL`."""
-    return pydoc_facts.load(data_dir, "train", SMALL)
+    _HELD.append(pydoc_facts.load(data_dir, "train", SMALL))
+    return _HELD[-1]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Parity of VCC: which function computes which kind, and how its arrays are compared."""
 
-from . import vcc_data, vcc_layers, vcc_models
+from . import vcc_data, vcc_layers, vcc_models, vcc_t5
 
 ADAPTERS = {
     "baseline_attentions": vcc_data.baseline_attentions,
@@ -11,6 +11,9 @@ ADAPTERS = {
     "roberta_heads": vcc_models.roberta_heads,
     "roberta_layers": vcc_layers.roberta_layers,
     "roberta_mlm": vcc_models.roberta_mlm,
+    "t5_layers": vcc_t5.t5_layers,
+    "t5_relative_bias": vcc_t5.t5_relative_bias,
+    "t5_seq2seq": vcc_t5.t5_seq2seq,
 }
 RULES = {
     # The order inside a selection carries no meaning.

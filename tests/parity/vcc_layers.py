@@ -9,8 +9,11 @@ import numpy as np
 from jaxmodels import weights
 from jaxmodels.core import partitioning
 from jaxmodels.core.blocks import stacked_init
+from jaxmodels.core.relative_bias import RelativeBias
 from jaxmodels.trunks.bert import BertConfig, run_dense_layers
-from jaxmodels.vcc import compression, encoder
+from jaxmodels.vcc import compression
+from jaxmodels.vcc.config import LAYOUTS, VccConfig
+from jaxmodels.vcc.layer import RelativePositions, VccLayer, enter_rows, run_vcc_layer
 
 from .fixtures import Case
 
@@ -31,10 +34,10 @@ def bert_config(config: dict[str, Any], num_layers: int) -> BertConfig:
     )
 
 
-def vcc_config(config: dict[str, Any], kinds: tuple[str, ...], layout: str) -> encoder.VccConfig:
+def vcc_config(config: dict[str, Any], kinds: tuple[str, ...], layout: str) -> VccConfig:
     """Our compression settings from the official configuration."""
     selectors = {"attention_based_selector": "attention", "random_selector": "random"}
-    return encoder.VccConfig(
+    return VccConfig(
         kinds=kinds,
         num_vip=config["num_important_tokens"],
         block_size=config["block_size"],
@@ -156,42 +159,64 @@ def layer_outputs(
         "partial_coarse_states_out": rows(after.coarse, rest),
     }
     values["partial_fine_mask"] = values["partial_fine_mask"].astype(np.int32)
+    if layout.positions is not None:
+        places = layout.positions
+        values["coarse_positions"], values["vip_positions"] = places.coarse, places.vip
+        values["partial_fine_positions"] = rows(places.fine, fine).reshape(batch, -1)
+        values["partial_coarse_positions"] = rows(places.coarse, rest)
     return {f"{name}/{key}": value for key, value in values.items()}, fine
 
 
 def roberta_layers(case: Case) -> list[Computed]:
     """Kind roberta_layers, in both layouts of the compressed rows."""
-    return [_layers_in_layout(case, layout) for layout in encoder.LAYOUTS]
+    return [_layers_in_layout(case, layout) for layout in LAYOUTS]
 
 
 def _layers_in_layout(case: Case, layout_name: str) -> Computed:
-    config, depth, given = case.meta["config"], case.meta["layers"], case.inputs
+    config, depth = case.meta["config"], case.meta["layers"]
     sizes = bert_config(config, depth)
     settings = vcc_config(config, ("vcc",) * depth, layout_name)
-    layer = sizes.make_layer(encoder.VccLayer, vcc=settings)
+    layer = sizes.make_layer(VccLayer, vcc=settings)
     template = jax.eval_shape(stacked_init(layer, depth, sizes.d_model), jax.random.key(0))
     template = {"encoder": {"layers": partitioning.unbox(template)}}
     state_dict = {f"encoder.{key}": value for key, value in case.params.items()}
-    stack = weights.import_weights(template, state_dict, RULES)["encoder"]["layers"]
+    tree = weights.import_weights(template, state_dict, RULES)["encoder"]
+    computed, gradients = layers_traced(case, layer, tree)
+    if "outputs/dense_prenorm_hidden_states" in case.expected:
+        x, mask = jnp.asarray(case.inputs["hidden_states"]), case.inputs["mask"]
+        computed["outputs/dense_prenorm_hidden_states"] = dense(sizes, tree["layers"], x, mask)
+    return computed | parameter_gradients({"encoder": gradients}, RULES, strip="encoder.")
 
-    def run(stack: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+
+def layers_traced(
+    case: Case, layer: VccLayer, tree: Any, bias: RelativeBias | None = None
+) -> tuple[Computed, Any]:
+    """Everything that a file of chained VCC layers holds, and the gradients of `tree`.
+
+    `tree` has `layers` and, with a position bias, `relative_bias`.
+    """
+    given, settings, depth = case.inputs, layer.vcc, case.meta["layers"]
+
+    def run(tree: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        masks, slots = (given["mask"], given["importance_mask"]), settings.num_vip
         state, layout = compression.enter(
-            x, given["mask"], given["importance_mask"], settings.num_vip, settings.block_size
+            x, *masks, slots, settings.block_size, given.get("positions")
         )
+        relative = None if bias is None else RelativePositions(tree["relative_bias"], bias)
         states, selections, opened = [state], [], []
-        for params in unstacked(stack, depth):
+        for params in unstacked(tree["layers"], depth):
             before = state
-            state, chosen = encoder.run_vcc_layer(layer, params, before, layout)
+            state, chosen = run_vcc_layer(layer, params, before, layout, relative=relative)
             states.append(state)
             selections.append(chosen)
-            opened.append(opened_tokens(layer, params, before, layout, chosen))
+            opened.append(opened_tokens(layer, params, before, layout, chosen, relative))
         hidden = compression.leave(state, layout)
         trace = (hidden, layout, states, selections, opened)
         return jnp.sum(hidden * given["cotangent"]), trace
 
     x = jnp.asarray(given["hidden_states"])
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
-    (_, trace), gradients = step(stack, x)
+    (_, trace), gradients = step(tree, x)
     # Fetched at once: what follows is indexing in NumPy.
     hidden, layout, states, selections, opened = jax.tree.map(np.asarray, trace)
     computed = entry_outputs(given["hidden_states"], states[0], layout)
@@ -202,31 +227,21 @@ def _layers_in_layout(case: Case, layout_name: str) -> Computed:
         computed |= values
         computed |= {f"{name}/bank": bank.blocks, f"{name}/bank_slot_of_block": bank.slot}
         bank.append(states[index + 1].difference, fine)
-    computed["outputs/hidden_states"] = hidden
-    if "outputs/dense_prenorm_hidden_states" in case.expected:
-        computed["outputs/dense_prenorm_hidden_states"] = dense(sizes, stack, x, given["mask"])
-    computed["grads/hidden_states"] = gradients[1]
-    return computed | parameter_gradients(
-        {"encoder": {"layers": gradients[0]}}, RULES, strip="encoder."
-    )
+    computed |= {"outputs/hidden_states": hidden, "grads/hidden_states": gradients[1]}
+    return computed, gradients[0]
 
 
 def opened_tokens(
-    layer: encoder.VccLayer,
+    layer: VccLayer,
     params: Any,
     state: compression.State,
     layout: compression.Layout,
     chosen: compression.Selection,
+    relative: RelativePositions | None,
 ) -> jax.Array:
     """Tokens of the opened blocks after a layer, [B, k, b, d], padding rows included."""
-    entered = compression.gather_rows(
-        state,
-        layout,
-        chosen,
-        scale_correction=layer.vcc.scale_correction,
-        keep_all=layer.vcc.layout == "static",
-    )
-    y = layer.apply({"params": params}, entered, method="encode")
+    entered = enter_rows(layer.vcc, state, layout, chosen)
+    y = layer.apply({"params": params}, entered, relative=relative, method="encode")
     batch, k = chosen.fine.shape
     size, width = state.difference.shape[2:]
     return y[:, : k * size].reshape(batch, k, size, width)

@@ -14,7 +14,7 @@ from jaxmodels.core import partitioning
 from jaxmodels.core.embeddings import TokenEmbeddings, grow_position_table
 from jaxmodels.trunks.bert import BertConfig, BertModel, MLMHead
 from jaxmodels.vcc import losses
-from jaxmodels.vcc.encoder import LAYOUTS
+from jaxmodels.vcc.config import LAYOUTS
 from jaxmodels.vcc.model import VccRoberta, VccWithHead
 
 from .fixtures import Case

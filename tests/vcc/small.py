@@ -12,7 +12,8 @@ import numpy as np
 from jaxmodels.core import blocks, partitioning
 from jaxmodels.core import params as param_tree
 from jaxmodels.trunks import bert
-from jaxmodels.vcc import VccConfig, compression, encoder
+from jaxmodels.vcc import VccConfig, compression
+from jaxmodels.vcc import layer as layer_lib
 
 enter = jax.jit(compression.enter, static_argnums=(3, 4))
 leave = jax.jit(compression.leave)
@@ -83,9 +84,9 @@ def run_layers(
     rng: jax.Array | None = None,
 ) -> tuple[compression.State, compression.Selection]:
     """Runs a stack of VCC layers on a compressed state; selections stacked by layer."""
-    layer = config.make_layer(encoder.VccLayer, vcc=settings)
+    layer = config.make_layer(layer_lib.VccLayer, vcc=settings)
 
     def body(one: Any, state: compression.State, key: jax.Array | None) -> tuple[Any, Any]:
-        return encoder.run_vcc_layer(layer, one, state, layout, key, config.remat)
+        return layer_lib.run_vcc_layer(layer, one, state, layout, key, config.remat)
 
     return blocks.scan_layers(body, params, state, rng)

@@ -16,7 +16,6 @@ from jaxmodels.vcc.baseline_attentions import (
     build_attention,
     import_attention,
 )
-from jaxmodels.vcc.baseline_attentions.longformer import window_attention
 from jaxmodels.vcc.baseline_attentions.nystromformer import pseudo_inverse
 from jaxmodels.vcc.baseline_attentions.soft import gaussian_kernel, newton_inverse
 
@@ -49,22 +48,6 @@ def test_newton_inverse_inverts_gaussian_kernels() -> None:
 def test_newton_inverse_stays_finite_on_a_singular_matrix() -> None:
     inverse = newton_inverse(jnp.ones((1, 4, 4)), iterations=60)
     assert jnp.isfinite(inverse).all() and jnp.abs(inverse).max() <= 1e4
-
-
-@pytest.mark.parametrize(("length", "side", "num_global"), [(20, 3, 2), (16, 4, 0), (7, 5, 1)])
-def test_chunked_window_equals_a_dense_band(length: int, side: int, num_global: int) -> None:
-    rng = np.random.default_rng(0)
-    query, key, value = rng.normal(size=(3, 2, 3, length, 4)).astype(np.float32)
-    keep = np.arange(length)[None, :] < np.array([[length], [length - 2]])
-    attend = jax.jit(window_attention, static_argnums=(4, 5))
-    found = attend(query, key, value, keep, side, num_global)
-    position = np.arange(length)
-    near = np.abs(position[:, None] - position[None, :]) <= side
-    near = near[None] & keep[:, None, :] | (position < num_global)[None, None, :]
-    weights = np.exp(query @ key.swapaxes(-1, -2)) * near[:, None]
-    wanted = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9) @ value
-    for row, real in enumerate((length, length - 2)):
-        np.testing.assert_allclose(found[row, :, :real], wanted[row, :, :real], atol=1e-5)
 
 
 def test_longformer_with_a_window_over_everything_is_dense_attention() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.vcc import compression
+from jaxmodels.vcc.rows import gather_rows
 from tests.vcc import small
 
 CONFIG = small.trunk()
@@ -187,12 +188,12 @@ def test_keys_count_the_tokens_they_stand_for_and_hide_padding() -> None:
     fine, rest = jnp.array([[1, 0]] * 2), jnp.array([[2, 3, 4, 5]] * 2)
     gate = jnp.ones((2, 6))
     chosen = compression.Selection(jnp.zeros(()), jnp.zeros((2, 6)), fine, rest, gate)
-    rows = compression.gather_rows(state, layout, chosen, scale_correction=True, keep_all=False)
+    rows = gather_rows(state, layout, chosen, scale_correction=True, keep_all=False)
     expected = np.log1p(1e-4) * 2 * np.ones(16)
     expected[8:12] += np.log(4 + 1e-4) - np.log1p(1e-4)
     expected[11] -= 1000
     np.testing.assert_allclose(rows.bias[0], expected, rtol=1e-6, atol=2e-5)
-    kept = compression.gather_rows(state, layout, chosen, scale_correction=True, keep_all=True)
+    kept = gather_rows(state, layout, chosen, scale_correction=True, keep_all=True)
     assert (kept.bias[0, 8:10] == -1e9).all() and (kept.bias[0, 10:14] == rows.bias[0, 8:12]).all()
 
 

@@ -12,7 +12,7 @@ import pytest
 from jaxmodels.core import attention
 from jaxmodels.core import params as param_tree
 from jaxmodels.trunks import bert
-from jaxmodels.vcc import VccConfig, VccEncoder, compression, encoder
+from jaxmodels.vcc import VccConfig, VccEncoder, encoder, rows
 from tests.vcc import small
 
 
@@ -133,9 +133,9 @@ def test_gates_scale_what_a_layer_adds_to_each_row() -> None:
     params = jax.tree.map(lambda leaf: leaf[0], small.layer_params(config))
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
     gate = jax.random.uniform(jax.random.key(1), (2, 9))
-    run = jax.jit(lambda rows: layer.apply({"params": params}, rows, method="encode"))
-    full = run(compression.Rows(x, jnp.ones((2, 9)), jnp.zeros((2, 9))))
-    found = run(compression.Rows(x, gate, jnp.zeros((2, 9))))
+    run = jax.jit(lambda given: layer.apply({"params": params}, given, method="encode"))
+    full = run(rows.Rows(x, jnp.ones((2, 9)), jnp.zeros((2, 9))))
+    found = run(rows.Rows(x, gate, jnp.zeros((2, 9))))
     chex.assert_trees_all_close(found, x + gate[..., None] * (full - x), atol=1e-5)
     assert relative(full, x) > 0.1
 
