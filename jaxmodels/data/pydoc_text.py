@@ -1,6 +1,7 @@
 """`pydoc_text`: windows of Python's own documentation, real English text without a download."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def load_windows(
 
     Args:
       data_dir: folder of all data sets.
-      split: "train" or "validation"; no topic is in both.
+      split: "train" or "validation"; no topic is in both, and no paragraph: Python's topics repeat
+        each other in places, and validation leaves out what stands in the training text.
       length: tokens of a window, special tokens included.
       vocab_size: ids of the BPE that is trained on the train split.
 
@@ -32,7 +34,12 @@ def load_windows(
     parts = facts_text.split_topics(topics)
     if split not in parts:
         raise ValueError(f"split={split!r}: use one of {sorted(parts)}")
-    settings = {"vocab_size": vocab_size, "topics_sha256": facts_text.topics_sha256(topics)}
+    parts["validation"] = unseen(parts["validation"], parts["train"])
+    settings = {
+        "vocab_size": vocab_size,
+        "topics_sha256": facts_text.topics_sha256(topics),
+        "validation": "unseen paragraphs",
+    }
     folder = Path(data_dir) / NAME / f"bpe{vocab_size}-{cache_folder.digest(settings)[:16]}"
 
     def build(work: Path) -> dict[str, Any]:
@@ -48,3 +55,13 @@ def load_windows(
     tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
     identity = settings | {"name": NAME, "split": split, "length": length}
     return TextWindows(tokens, length, identity, str(folder / "tokenizer.json"))
+
+
+def unseen(texts: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, str]:
+    """Returns texts without the paragraphs that stand in `seen` as well."""
+    known = {paragraph for text in seen.values() for paragraph in text.split("\n\n")}
+    kept = {
+        name: "\n\n".join(part for part in text.split("\n\n") if part not in known)
+        for name, text in texts.items()
+    }
+    return {name: text for name, text in kept.items() if text.strip()}
