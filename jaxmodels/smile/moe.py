@@ -149,7 +149,9 @@ def with_stages(
 
         return _chunked(part, own, repeated["key"], config.chunks)
 
-    own = capacity_path.Cell(x.astype(config.dtype), mask, _by_cell(params["experts"], config))
+    own = capacity_path.Cell(
+        jnp.asarray(x, config.dtype), mask, _by_cell(params["experts"], config)
+    )
     repeated = {"routers": routers, "key": key}
     checked = config.dispatch == "xla"  # a Pallas kernel does not say over which axes it varies
     y, sums, stages = grids.run(cell, cells, repeated, own, checked)
@@ -225,7 +227,7 @@ def seen_by_all(
 ) -> tuple[Array, Report]:
     """As `apply`, deterministic and dropless, for tokens [T, d] that every device sees."""
     repeated = {name: params[name] for name in config.router_names}
-    repeated |= {"x": x.astype(config.dtype), "mask": mask.astype(bool)}
+    repeated |= {"x": jnp.asarray(x, config.dtype), "mask": mask.astype(bool)}
 
     def cell(where: grids.Placement, repeated: Any, own: Any) -> Any:
         return replicated.run(where, repeated, own, config)

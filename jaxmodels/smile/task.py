@@ -252,16 +252,20 @@ class MaskedLMTask(Task):
         """
         bpe = tokenizer.load(self.tokenizer_path)
         rows = [self._predict_row(bpe, number, row) for number, row in enumerate(inputs, start=1)]
-        run = jax.jit(lambda params, batch: self.logits(params, batch)[0])
+
+        @jax.jit
+        def likeliest(params: Params, batch: Batch) -> list[jax.Array]:
+            return jax.lax.top_k(jax.nn.softmax(self.logits(params, batch)[0][0]), TOP)
+
         outputs = []
         for batch, count in rows:
-            best, ids = jax.lax.top_k(jax.nn.softmax(run(params, batch)[0, :count]), TOP)
+            best, ids = jax.device_get(likeliest(params, batch))
             masks = [
                 [
                     {"token": bpe.decode([int(i)]), "probability": round(float(p), 6)}
                     for i, p in zip(*pair, strict=True)
                 ]
-                for pair in zip(ids, best, strict=True)
+                for pair in zip(ids[:count], best[:count], strict=True)
             ]
             outputs.append({"masks": masks})
         return outputs

@@ -52,7 +52,8 @@ def main() -> None:
         ("two_hop", {"routing": "one_level", "transport": "two_hop"}),
         ("bi_level", {}),
         ("mosaic", {"dispatch": "mosaic"}),
-        ("ragged", {"transport": "ragged"}),
+        # With room for the worst case: without it the safe path is compiled beside the fast one.
+        ("ragged", {"transport": "ragged", "buffer_factor": 8.0}),
     ):
         config = MoeConfig(
             num_experts=8,

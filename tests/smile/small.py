@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from jaxmodels.core import layers
 from jaxmodels.smile import Grid, MoeConfig, moe
@@ -26,8 +27,8 @@ def params(of: MoeConfig, seed: int = 0, d: int = D) -> dict[str, Any]:
     """Random parameters; routers large enough to have opinions."""
     rng = np.random.default_rng(seed)
 
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
 
     made: dict[str, Any] = {name: draw(*shape) for name, shape in of.router_shapes(d).items()}
     e, f = of.num_experts, of.d_ff
@@ -37,23 +38,46 @@ def params(of: MoeConfig, seed: int = 0, d: int = D) -> dict[str, Any]:
     return made | {"experts": experts}
 
 
-def tokens(of: MoeConfig, seed: int = 1, count: int = TOKENS) -> jax.Array:
+def tokens(of: MoeConfig, seed: int = 1, count: int = TOKENS) -> np.ndarray:
     """[n, m, count, D]."""
     shape = (of.grid.nodes, of.grid.devices, count, D)
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@functools.partial(
-    jax.jit, static_argnums=2, static_argnames="deterministic", compiler_options=QUICK
-)
-def run(params: Any, x: jax.Array, of: MoeConfig, mask: Any = None, deterministic: bool = False):
-    """The layer, compiled."""
+def start(module: nn.Module, *inputs: Any) -> Any:
+    """Parameters of a module by NumPy: compiling an initialiser takes longer than a test's rest.
+
+    Scales of norms are 1, biases 0, matrices normal with std 0.02.
+    """
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = path[-1].key
+        if name in ("scale", "bias", "bi", "bo"):
+            return np.full(leaf.shape, float(name == "scale"), np.float32)
+        return (0.02 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def run(params: Any, x: Any, of: MoeConfig, mask: Any = None, deterministic: bool = False) -> Any:
+    """The layer, compiled; NumPy arrays, since every operation on others is compiled as well."""
+    return jax.device_get(_run(params, x, of, mask, deterministic))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 4), compiler_options=QUICK)
+def _run(params: Any, x: jax.Array, of: MoeConfig, mask: Any, deterministic: bool) -> Any:
     return moe.apply(params, x, of, mask, deterministic=deterministic)
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
-def gradients(params: Any, x: jax.Array, of: MoeConfig, mask: Any = None):
+def gradients(params: Any, x: Any, of: MoeConfig, mask: Any = None) -> Any:
     """(y, report), and gradients of sum(y sin(y)) and the losses with respect to all but masks."""
+    return jax.device_get(_gradients(params, x, of, mask))
+
+
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+def _gradients(params: Any, x: jax.Array, of: MoeConfig, mask: Any) -> Any:
 
     def objective(params: Any, x: jax.Array) -> Any:
         y, report = moe.apply(params, x, of, mask, deterministic=False)

@@ -45,13 +45,16 @@ def test_with_room_for_all_the_layer_is_the_dense_formula(changes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("buffer_factor", [16.0, 0.75], ids=["worst_case", "overflow"])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    ("routing", "buffer_factor"),
+    [("one_level", 16.0), ("bi_level", 0.75)],
+    ids=["one_level_worst_case", "bi_level_overflows"],
+)
 def test_dropless_equals_capacity_for_all_in_value_and_gradient(routing, buffer_factor) -> None:
-    config = roomy(routing=routing)
+    config = roomy(routing=routing, z_coef=1e-3)
     dropless = dataclasses.replace(config, transport="ragged", buffer_factor=buffer_factor)
     params, x = small.params(config), small.tokens(config)
-    mask = jnp.asarray(np.random.default_rng(2).random(x.shape[:3]) < 0.8)
+    mask = np.random.default_rng(2).random(x.shape[:3]) < 0.8
     (y, report), grads = small.gradients(params, x, config, mask)
     (y2, report2), grads2 = small.gradients(params, x, dropless, mask)
     close(y, y2)
@@ -66,7 +69,7 @@ def tight(request):
     """A layer that drops, with its result."""
     config = small.config(routing=request.param, capacity_factor=1.0)
     params, x = small.params(config), small.tokens(config)
-    mask = jnp.asarray(np.random.default_rng(2).random(x.shape[:3]) < 0.8)
+    mask = np.random.default_rng(2).random(x.shape[:3]) < 0.8
     y, report = small.run(params, x, config, mask)
     assert report.dropped()["total"] > 0.1
     return config, params, x, mask, y, report
@@ -82,7 +85,7 @@ def test_dropped_and_masked_tokens_give_zero(tight) -> None:
 
 def test_masked_tokens_change_nothing_even_where_they_are_nan(tight) -> None:
     config, params, x, mask, y, report = tight
-    other = jnp.where(mask[..., None], x, jnp.nan)
+    other = np.where(mask[..., None], x, np.float32(np.nan))
     y2, report2 = small.run(params, other, config, mask)
     np.testing.assert_array_equal(y2, y)
     close(report2, report, 1e-6)
@@ -92,7 +95,9 @@ def test_a_token_that_is_nan_harms_no_other(tight) -> None:
     config, params, x, mask, y, _ = tight
     # The last real token of the last device: nobody's place depends on it.
     t = int(np.flatnonzero(mask[-1, -1])[-1])
-    y2, _ = small.run(params, x.at[-1, -1, t, 0].set(jnp.nan), config, mask)
+    broken = x.copy()
+    broken[-1, -1, t, 0] = np.nan
+    y2, _ = small.run(params, broken, config, mask)
     np.testing.assert_array_equal(y2[:, 0], y[:, 0])
     others = np.delete(np.arange(x.shape[2]), t)
     np.testing.assert_array_equal(y2[-1, -1, others], y[-1, -1, others])
@@ -100,11 +105,12 @@ def test_a_token_that_is_nan_harms_no_other(tight) -> None:
 
 def test_a_device_of_padding_and_one_of_nothing_but_padding(tight) -> None:
     config, params, x, mask, _, _ = tight
-    alone = mask.at[0, 1].set(False)
+    alone = mask.copy()
+    alone[0, 1] = False
     y, report = small.run(params, x, config, alone)
     assert not y[0, 1].any()
     assert all(np.isfinite(v) for v in report.balances().values())
-    nothing, report = small.run(params, x, config, jnp.zeros_like(mask))
+    nothing, report = small.run(params, x, config, np.zeros_like(mask))
     assert not nothing.any() and report.load.sum() == 0
     assert all(v == 0 for v in report.balances().values())
     assert np.isfinite(moe.auxiliary_loss(report, config))
@@ -113,9 +119,9 @@ def test_a_device_of_padding_and_one_of_nothing_but_padding(tight) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradients_of_padding_alone_are_finite_and_zero(routing) -> None:
-    config = small.config(routing=routing, z_coef=1e-3)
+    config = roomy(routing=routing, z_coef=1e-3)
     params, x = small.params(config), small.tokens(config)
-    _, grads = small.gradients(params, x, config, jnp.zeros(x.shape[:3], bool))
+    _, grads = small.gradients(params, x, config, np.zeros(x.shape[:3], bool))
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), grads)
 
 
@@ -133,7 +139,7 @@ def test_with_one_level_trivial_two_levels_are_one(grid) -> None:
     one = roomy(routing="one_level", grid=grid, num_experts=4)
     two = dataclasses.replace(one, routing="bi_level")
     params, x = small.params(one), small.tokens(one)
-    trivial = jnp.ones((small.D, 1))
+    trivial = np.ones((small.D, 1), np.float32)
     names = (
         ("router_inter", "router_intra") if grid.nodes == 1 else ("router_intra", "router_inter")
     )
@@ -155,11 +161,11 @@ def test_jitter_is_drawn_for_training_only_and_by_the_key() -> None:
     params, x = small.params(config), small.tokens(config)
 
     @functools.partial(jax.jit, compiler_options=small.QUICK)
-    def train(key):
+    def train(params, x, key):
         return moe.apply(params, x, config, deterministic=False, rng=key)[0]
 
-    a, b = train(jax.random.key(0)), train(jax.random.key(1))
-    assert jnp.abs(a - b).max() > 1e-3
+    a, b = jax.device_get([train(params, x, jax.random.key(seed)) for seed in range(2)])
+    assert np.abs(a - b).max() > 1e-3
     plain = small.run(params, x, dataclasses.replace(config, jitter=0.0))[0]
     # Evaluation has its own capacity, which holds all here as well.
     still = dataclasses.replace(config, eval_capacity_factor=8.0)
@@ -199,10 +205,10 @@ def test_bfloat16_travels_and_stays_near_float32(routing) -> None:
     config = roomy(routing=routing)
     params, x = small.params(config), small.tokens(config).astype(jnp.bfloat16)
     y, _ = small.run(params, x, dataclasses.replace(config, dtype=jnp.bfloat16))
-    wanted, _ = small.run(params, x.astype(jnp.float32), config)
+    wanted, _ = small.run(params, x.astype(np.float32), config)
     assert y.dtype == jnp.bfloat16
-    scale = float(jnp.abs(wanted).max())
-    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=3e-2 * scale)
+    scale = float(np.abs(wanted).max())
+    np.testing.assert_allclose(y.astype(np.float32), wanted, atol=3e-2 * scale)
 
 
 def test_chunks_change_nothing_where_nothing_is_dropped() -> None:
