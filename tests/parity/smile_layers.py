@@ -15,6 +15,7 @@ from jaxmodels.smile import Grid, MoeConfig, losses, moe, routing
 from .fixtures import Case
 
 ACTIVATIONS = {"gelu_tanh": "gelu_new"}
+LOSSES = {"router": "aux", "inter": "aux_inter", "intra": "aux_intra"}
 Arrays = dict[str, Any]
 
 
@@ -29,13 +30,15 @@ def config_of(case: Case, transport: str = "auto") -> MoeConfig:
         routing=given["kind"],
         transport=transport,
         capacity_factor=given["capacity_factor_inter"],
-        capacity_factor_intra=given["capacity_factor_intra"],
-        intra_router="per_node" if given["per_node_intra_router"] else "shared",
+        capacity_factor_intra=given.get("capacity_factor_intra"),
+        intra_router="per_node" if given.get("per_node_intra_router") else "shared",
         alpha=given["alpha"],
         beta=given["beta"],
         z_coef=given["z_coef"],
         activation=ACTIVATIONS.get(given["activation"], given["activation"]),
         use_bias=given["bias"],
+        min_capacity=given.get("min_capacity", 1),
+        dtype=jnp.dtype(given.get("dtype", "float32")),
     )
     names = ("capacity",) if given["kind"] == "one_level" else ("capacity_inter", "capacity_intra")
     wanted = tuple(given[name] for name in names)
@@ -89,12 +92,12 @@ def moe_layer(case: Case) -> list[Arrays]:
 
         step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
         params = params_of(case, config)
-        (loss, (y, report, stages, auxiliary)), (grads, dx) = step(params, x)
+        (_, (y, report, stages, auxiliary)), (grads, dx) = jax.device_get(step(params, x))
         outputs: Arrays = {
             "y": y,
-            "loss": loss,
+            # Summed in float64: positive and negative terms may nearly cancel.
+            "loss": (y.astype(np.float64) * case.inputs["dy"]).sum() + auxiliary,
             "aux_total": auxiliary,
-            "fraction_dropped": report.dropped()["total"],
             "expert_in": stages["expert_in"],
             "expert_out": stages["expert_out"],
             "group_sizes_kept": report.load.astype(np.int32),
@@ -102,10 +105,24 @@ def moe_layer(case: Case) -> list[Arrays]:
             "grads/x": dx,
         } | named(grads, "grads")
         describe = one_level_outputs if config.routing == "one_level" else bi_level_outputs
-        outputs |= describe(case, config, report, jax.tree.map(np.asarray, stages))
+        outputs |= measures(report) | describe(case, config, report, stages)
         return shaped(case, outputs)
 
     return everywhere(case, compute)
+
+
+@jax.jit
+def measures(report: moe.Report) -> Arrays:
+    """Numbers of the whole layer."""
+    dropped = report.dropped()
+    found: Arrays = {"fraction_dropped": dropped["total"]}
+    for kind, ending in (("device", ""), ("device_mean", "_device_mean"), ("global", "_global")):
+        for level, value in report.balances(kind).items():
+            found[LOSSES[level] + ending] = value
+    for level, sums in report.levels.items():
+        found["z_loss" if level == "router" else f"z_{level}"] = losses.z_loss(sums)
+        found[f"fraction_dropped_{level}"] = dropped[level]
+    return found
 
 
 def group_sizes(params: Arrays, x: jax.Array, mask: jax.Array, config: MoeConfig) -> np.ndarray:
@@ -132,7 +149,7 @@ def shaped(case: Case, outputs: Arrays) -> Arrays:
 
 def one_level_outputs(case: Case, config: MoeConfig, report: moe.Report, stages: Arrays) -> Arrays:
     """Names of the Switch layer's stages."""
-    level, sums = stages["router"], jax.tree.map(np.asarray, report.levels["router"])
+    level, sums = stages["router"], report.levels["router"]
     cells, (capacity,) = config.grid.size, config.capacities(case.inputs["x"].shape[2])
     rows = np.maximum(sums.rows, 1)[..., None]
     ids = np.full((cells, config.experts_per_device, cells * capacity), -1, np.int32)
@@ -152,10 +169,6 @@ def one_level_outputs(case: Case, config: MoeConfig, report: moe.Report, stages:
         "gate": level.routed.gate,
         "send_buffer": stages["send"],
         "expert_row_ids": ids,
-        "aux": report.balances()["router"],
-        "aux_device_mean": report.balances("device_mean")["router"],
-        "aux_global": report.balances("global")["router"],
-        "z_loss": losses.z_loss(report.levels["router"]),
         "send_counts": sums.chosen.astype(np.int32),
         "f_local": sums.chosen / rows,
         "P_local": sums.probs / rows,
@@ -173,12 +186,8 @@ def bi_level_outputs(case: Case, config: MoeConfig, report: moe.Report, stages: 
     valid = intra.routed.valid
     chosen = np.where(valid, intra.routed.index, -1)
     found = source_view(case, config, stages)
-    for kind, name in (("device", ""), ("device_mean", "_device_mean"), ("global", "_global")):
-        for level, value in report.balances(kind).items():
-            found[f"aux_{level}{name}"] = value
     for level, sums in report.levels.items():
-        found[f"z_{level}"] = losses.z_loss(sums)
-        found[f"{level}_send_counts"] = np.asarray(sums.chosen).astype(np.int32)
+        found[f"{level}_send_counts"] = sums.chosen.astype(np.int32)
     return found | {
         "inter_logits": inter.routed.logits,
         "inter_probs": inter.routed.probs,
@@ -195,7 +204,6 @@ def bi_level_outputs(case: Case, config: MoeConfig, report: moe.Report, stages: 
         "intra_send": stages["intra_send"],
         "gate_inter": inter.routed.gate,
         "aux_intra_source": intra_balance_of_sources(case, config),
-        "fraction_dropped_inter": report.dropped()["inter"],
     }
 
 
@@ -234,22 +242,20 @@ def source_view(case: Case, config: MoeConfig, stages: Arrays) -> Arrays:
 
 def intra_balance_of_sources(case: Case, config: MoeConfig) -> jax.Array:
     """The second router's balance over each device's own tokens, wherever they go."""
-    kernels = jnp.asarray(case.params["router_intra/w"])
+    kernels = case.params["router_intra/w"]
     if kernels.ndim == 2:
-        kernels = jnp.broadcast_to(kernels, (config.grid.nodes, *kernels.shape))
-    first = jnp.asarray(case.params["router_inter/w"])
+        kernels = np.broadcast_to(kernels, (config.grid.nodes, *kernels.shape))
+    first = case.params["router_inter/w"]
 
     def of_device(x: jax.Array, mask: jax.Array) -> losses.RouterSums:
         node = routing.route(x, first, mask).index
-        every = jax.vmap(lambda kernel: routing.route(x, kernel, mask))(kernels)
+        every = jax.vmap(lambda kernel: routing.route(x, kernel, mask))(jnp.asarray(kernels))
         own = jax.tree.map(lambda leaf: leaf[node, jnp.arange(x.shape[0])], every)
         return losses.router_sums(own, mask)
 
-    cells = [
-        jnp.asarray(case.inputs[name]).reshape(config.grid.size, -1, *case.inputs[name].shape[3:])
-        for name in ("x", "mask")
-    ]
-    return losses.balance_loss(jax.vmap(of_device)(cells[0], cells[1].astype(bool)))
+    x, mask = (flat(case.inputs[name]) for name in ("x", "mask"))
+    every = jax.jit(lambda x, mask: losses.balance_loss(jax.vmap(of_device)(x, mask)))
+    return every(x, mask.astype(bool))
 
 
 def moe_sgd(case: Case) -> list[Arrays]:
@@ -268,9 +274,8 @@ def moe_sgd(case: Case) -> list[Arrays]:
         def step(params: Arrays, _: None) -> tuple[Arrays, Arrays]:
             (loss, report), grads = jax.value_and_grad(objective, has_aux=True)(params)
             record = {"loss": loss, "fraction_dropped": report.dropped()["total"]}
-            names = {"router": "aux"}
             for level, value in report.balances().items():
-                record[names.get(level, f"aux_{level}")] = value
+                record[LOSSES[level]] = value
             return jax.tree.map(lambda p, g: p - given["lr"] * g, params, grads), record
 
         run = jax.jit(lambda params: jax.lax.scan(step, params, None, given["steps"]))
