@@ -40,7 +40,7 @@ def expected_costs(case: Case) -> Arrays:
     return {
         f"outputs/{kind}/{i}/{name}": np.asarray(value, np.float64)
         for kind in _MACHINES
-        for i, row in enumerate(case.meta[kind])
+        for i, row in enumerate(case.meta.get(kind, ()))
         for name, value in row["outputs"].items()
     }
 
@@ -77,7 +77,7 @@ def cost_model_rows(case: Case) -> Arrays:
     return {
         f"outputs/{kind}/{i}/{name}": np.asarray(value, np.float64)
         for kind in _MACHINES
-        for i, row in enumerate(case.meta[kind])
+        for i, row in enumerate(case.meta.get(kind, ()))
         for name, value in cost_model_of(kind, row["inputs"]).items()
     }
 
@@ -100,7 +100,7 @@ def drops(case: Case) -> Arrays:
         grid, tokens = Grid(row["n"], row["m"]), row["tokens_per_device"]
         for routing in _ROUTINGS:
             config = MoeConfig(
-                num_experts=grid.size,
+                num_experts=grid.size * row.get("e", 1),
                 d_ff=1,
                 grid=grid,
                 routing=routing,
