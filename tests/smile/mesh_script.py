@@ -58,7 +58,6 @@ def meshes() -> dict[str, float]:
     found = {}
     for name, changes in (
         ("bi_level", {}),
-        ("per_node", {"intra_router": "per_node"}),
         ("ragged", {"transport": "ragged", "buffer_factor": 8.0}),
     ):
         config = small.config(grid=Grid(2, 4), num_experts=8, capacity_factor=1.0, **changes)
