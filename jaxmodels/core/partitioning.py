@@ -17,9 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("node", "device")
 
 # Logical axis -> mesh axis, in the order in which a parameter's axes claim `device`: the first
-# one present whose length the mesh axis divides is split, all others stay whole.
+# one present whose length the mesh axis divides is split, all others stay whole. Experts are
+# different matrices on every device and split over the whole mesh.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", AXES),
+    ("expert", AXES),
     ("vocab", "device"),
     ("mlp", "device"),
     ("heads", "device"),
@@ -100,6 +102,8 @@ def param_spec(
     unknown = [name for name in names if name is not None and name not in known]
     if unknown:
         raise ValueError(f"logical axes {unknown} have no rule; known axes: {sorted(known)}.")
+    if "expert" in names and shape[names.index("expert")] % mesh.size == 0:
+        return PartitionSpec(*(AXES if name == "expert" else None for name in names))
     if int(np.prod(shape)) >= MIN_SIZE_TO_SPLIT:
         for name, target in RULES:
             if target != axis:

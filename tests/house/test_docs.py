@@ -14,7 +14,7 @@ from jaxmodels import weights
 from jaxmodels.weights import __main__ as weights_command
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = ("docs/adding_a_method.md",)
+PAGES = ("docs/adding_a_method.md", "docs/moe.md")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _PRINTS = re.compile(r"^print\(.*\)  # (.*)$", re.MULTILINE)
 _COMMAND = re.compile(r"^python -m jaxmodels\.weights (.*)$", re.MULTILINE)

@@ -9,15 +9,24 @@ The exit status is 0 only if every file passes; without files it is 2.
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+
+from .fixtures import check, devices_named
 
 if __name__ == "__main__":  # imported by a test, this must not reach the processes of other tests
     # The references are float32 on CPU; accelerators multiply in reduced precision by default.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Each program runs once on a few numbers: compiling it is all that takes time.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-
-from .fixtures import check  # noqa: E402
+    flags = os.environ.get("XLA_FLAGS", "")
+    if version("jaxlib").startswith("0.10.") and "fusion_emitters" not in flags:
+        flags += " --xla_cpu_use_fusion_emitters=false"  # the earlier emitter: half the time
+    # Adapters import jax when the first file is checked: until then devices can be simulated.
+    devices = max(map(devices_named, sys.argv[1:]), default=1)
+    if devices > 1 and "host_platform_device_count" not in flags:
+        flags += f" --xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -18,7 +18,9 @@ from .tolerances import Bound, bound
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("JAXMODELS_SHARED", ROOT.parent / "shared"))
-METHODS = ("vcc", "mm_cot", "pomp", "aim", "lemda")
+METHODS = ("vcc", "mm_cot", "pomp", "aim", "lemda", "smile")
+# Their layers compile for seconds each: the fast subset takes one of a kind.
+FAST_OF_SMILE = ("bi_level_drop", "router_only", "cost_model", "presets", "drop_rate")
 
 
 def shared_files() -> list[Path]:
@@ -40,8 +42,14 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def marked(path: Path) -> Any:
+    """The file as a parameter, marked slow where the fast subset leaves it out."""
+    slow = path.parent.name == "smile" and path.stem not in FAST_OF_SMILE
+    return pytest.param(path, marks=pytest.mark.slow if slow else (), id=path.stem)
+
+
 @pytest.mark.skipif(not shared_files(), reason=f"no shared parity files under {SHARED}")
-@pytest.mark.parametrize("path", shared_files(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [marked(path) for path in shared_files()])
 def test_shared_file_passes(path: Path, quick_compilation: None) -> None:
     verdict = check(path)
     assert verdict.ok, str(verdict)

@@ -7,7 +7,10 @@ from typing import Any
 
 DEFAULT = 1e-5
 _NUMBER = re.compile(r"\d+(?:\.\d*)?e-?\d+|0?\.\d+")
-_GROUPS = {"outputs": ("forward", "output", "outputs"), "grads": ("grad", "grads", "backward")}
+_GROUPS = {
+    "outputs": ("forward", "output", "outputs", "float32_outputs", "float32"),
+    "grads": ("grad", "grads", "backward", "float32_grads", "float32"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,9 @@ def _bound(given: Any, name: str) -> Bound:
     if "atol" in given:
         kind = "grad_" if name.startswith("grads/") and "grad_atol" in given else ""
         return Bound(float(given[f"{kind}atol"]), float(given.get(f"{kind}rtol", 0.0)))
-    group, _, short = name.partition("/")
+    group, _, short = name.removeprefix("outputs/" * name.startswith("outputs/grads/")).partition(
+        "/"
+    )
     last = short.rpartition("/")[2]
     parts = [key for key in given if group == "outputs" and key.rstrip(".*") in short]
     for key in (name, short, last, *sorted(parts, key=len)[::-1], *_GROUPS[group], "default"):
