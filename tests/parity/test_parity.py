@@ -19,8 +19,9 @@ from .tolerances import Bound, bound
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("JAXMODELS_SHARED", ROOT.parent / "shared"))
 METHODS = ("vcc", "mm_cot", "pomp", "aim", "lemda", "smile")
-# Their layers compile for seconds each: the fast subset takes one of a kind.
-FAST_OF_SMILE = ("bi_level_drop", "router_only", "cost_model", "presets", "drop_rate")
+# Others of the same kinds, which compile for seconds each: `make test-long` and the command.
+LONG = ("t5_v10", "roberta_all_coarse", "roberta_layer_b16")
+OF_SMILE = ("bi_level_drop", "one_level_drop", "router_only", "cost_model", "presets", "drop_rate")
 
 
 def shared_files() -> list[Path]:
@@ -43,9 +44,9 @@ def quick_compilation() -> Iterator[None]:
 
 
 def marked(path: Path) -> Any:
-    """The file as a parameter, marked slow where the fast subset leaves it out."""
-    slow = path.parent.name == "smile" and path.stem not in FAST_OF_SMILE
-    return pytest.param(path, marks=pytest.mark.slow if slow else (), id=path.stem)
+    """The file as a parameter, marked long where others of its kind stand for it."""
+    long = path.stem in LONG or (path.parent.name == "smile" and path.stem not in OF_SMILE)
+    return pytest.param(path, marks=pytest.mark.long if long else (), id=path.stem)
 
 
 @pytest.mark.skipif(not shared_files(), reason=f"no shared parity files under {SHARED}")
