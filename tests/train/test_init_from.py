@@ -133,27 +133,35 @@ def test_another_size_is_refused_by_name_before_anything_is_read(tmp_path, monke
         assert "hidden/kernel is [32, 32], wanted [64, 64]" in str(e.value)
 
 
-@pytest.mark.parametrize("kind", ["file", "converted"])
-@pytest.mark.parametrize("fill", ["repeat", "fresh", "new"])
-def test_a_table_of_fewer_rows_is_filled_up_as_asked(tmp_path, capsys, kind, fill) -> None:
+@pytest.mark.parametrize(
+    ("fill", "kind"), [("repeat", "file"), ("fresh", "converted"), ("new", "file")]
+)
+def test_a_table_of_fewer_rows_is_filled_up_as_asked(tmp_path, kind, fill) -> None:
     place = tmp_path / "model.safetensors"
     tensors = published(place, rows=30)
     if kind == "converted":
         place = weights.convert(place, tmp_path / "converted").path
-    config = short(init_from=str(place), init_rows=(f"table={fill}",))
-    train(config, tmp_path / "run", toy_config.FIELDS)
-    assert f"rows: embedding/table 30 -> 64 ({fill}); 2 stay fresh" in capsys.readouterr().out
-    train(short(), tmp_path / "fresh", toy_config.FIELDS)
-    own = np.asarray(open_run(tmp_path / "fresh").params["embedding"]["table"])
-    rows = tensors["wte.weight"]
+    found = init_from.load(place, abstract(), (f"table={fill}",))
+    assert f"rows: embedding/table 30 -> 64 ({fill}); 1 stay fresh" in found.line
+    model = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 5.0), abstract())
+    rows, own = tensors["wte.weight"], np.full((64, WIDTH), 5, np.float32)
     wanted = {
         # 28 rows from the third on, again and again: RoBERTa's first two stand for no position
         "repeat": np.concatenate([rows, rows[2:], rows[2:8]]),
         "fresh": np.concatenate([rows, own[30:]]),
         "new": own,
     }[fill]
-    found = open_run(tmp_path / "run").params["embedding"]["table"]
-    np.testing.assert_allclose(found, wanted, atol=1e-9, rtol=1e-6)
+    np.testing.assert_array_equal(init_from.filled(model, found)["embedding"]["table"], wanted)
+
+
+def test_a_run_fills_up_a_table(tmp_path, capsys) -> None:
+    tensors = published(tmp_path / "m.safetensors", rows=30)
+    config = short(init_from=str(tmp_path / "m.safetensors"), init_rows=("table=repeat",))
+    train(config, tmp_path / "run", toy_config.FIELDS)
+    assert "rows: embedding/table 30 -> 64 (repeat); 2 stay fresh" in capsys.readouterr().out
+    table = open_run(tmp_path / "run").params["embedding"]["table"]
+    np.testing.assert_allclose(table[:30], tensors["wte.weight"], atol=1e-9, rtol=1e-6)
+    np.testing.assert_allclose(table[30:58], tensors["wte.weight"][2:], atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints/2"])

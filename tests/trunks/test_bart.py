@@ -49,7 +49,7 @@ def teacher_forced(model: Any, params: Any, mask: Any = MASK) -> jax.Array:
     return jax.jit(model.apply)(params, IDS, mask, given)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_steps_are_the_full_forward(kind: str) -> None:
     model, params = started(KINDS[kind])
@@ -191,6 +191,7 @@ def test_dropout_acts_only_while_training() -> None:
     assert float(jnp.abs(quiet - dropped).max()) > 0.1
 
 
+@pytest.mark.long
 def test_bfloat16_products_stay_near_float32() -> None:
     (model, params), (half, _) = (
         started(dataclasses.replace(PRE, dtype=dtype), 0.1) for dtype in (jnp.float32, jnp.bfloat16)

@@ -201,6 +201,7 @@ def with_side(pattern: Any, length: int) -> Heads:
     return heads(length, side=side)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "pattern",
     [pytest.param(p, marks=[pytest.mark.slow] * (not isinstance(p, LongT5))) for p in PATTERNS],

@@ -280,7 +280,7 @@ def test_dropout_needs_an_rng_and_follows_it() -> None:
         module.apply(variables, *given, False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bfloat16_products_keep_a_float32_residual_stream() -> None:
     half, full = small.trunk(dtype=jnp.bfloat16), small.trunk()
     given = (small.layer_params(full, gain=3.0), *small.states())

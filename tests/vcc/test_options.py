@@ -61,7 +61,7 @@ def gradients(settings: Any, given: dict) -> tuple[Any, Any]:
     return outputs, bar
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slots_left_over_change_nothing_forward_or_backward() -> None:
     """So small a share opens one block a layer: as k = 1, though shapes are those of k = 4."""
     given = small_t5.inputs(real=25)
