@@ -287,24 +287,30 @@ def moe_sgd(case: Case) -> list[Arrays]:
 
 def router_only(case: Case) -> Arrays:
     """A router alone: logits with and without noise, its statistics, and its bfloat16 choices."""
-    x, kernel = jnp.asarray(case.inputs["x"]), jnp.asarray(case.params["router/w"])
-    mask = jnp.asarray(case.inputs["mask"]).astype(bool)
-    plain = routing.route(x, kernel, mask)
-    noisy = routing.route(x, kernel, mask, jnp.asarray(case.inputs["noise"]))
+    given = (*(case.inputs[name] for name in ("x", "mask", "noise")), case.params["router/w"])
+    # In a program of its own: within another one, the product need not be rounded to bfloat16.
+    low = jnp.matmul(*(jnp.asarray(array, jnp.bfloat16) for array in (given[0], given[3])))
+    found = alone(*given) | {"index_if_router_in_bfloat16": np.asarray(low).argmax(-1)}
+    return {f"outputs/{name}": value for name, value in found.items()}
+
+
+@jax.jit
+def alone(x: jax.Array, mask: jax.Array, noise: jax.Array, kernel: jax.Array) -> Arrays:
+    """What a router says of x [rows, d]."""
+    mask = mask.astype(bool)
+    plain, noisy = routing.route(x, kernel, mask), routing.route(x, kernel, mask, noise)
     sums = losses.router_sums(plain, mask)
-    low = jnp.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     return {
-        "outputs/logits": plain.logits,
-        "outputs/probs": plain.probs,
-        "outputs/index": plain.index,
-        "outputs/gate": plain.gate,
-        "outputs/logits_jitter": noisy.logits,
-        "outputs/probs_jitter": noisy.probs,
-        "outputs/index_jitter": noisy.index,
-        "outputs/lse": jax.nn.logsumexp(plain.logits, axis=-1),
-        "outputs/z_loss": losses.z_loss(sums),
-        "outputs/f": sums.chosen / sums.rows,
-        "outputs/P": sums.probs / sums.rows,
-        "outputs/aux": losses.balance(sums),
-        "outputs/index_if_router_in_bfloat16": jnp.argmax(low, -1).astype(jnp.int32),
+        "logits": plain.logits,
+        "probs": plain.probs,
+        "index": plain.index,
+        "gate": plain.gate,
+        "logits_jitter": noisy.logits,
+        "probs_jitter": noisy.probs,
+        "index_jitter": noisy.index,
+        "lse": jax.nn.logsumexp(plain.logits, axis=-1),
+        "z_loss": losses.z_loss(sums),
+        "f": sums.chosen / sums.rows,
+        "P": sums.probs / sums.rows,
+        "aux": losses.balance(sums),
     }
