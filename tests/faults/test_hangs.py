@@ -55,8 +55,8 @@ def test_f32_a_step_that_hangs_ends_the_run(tmp_path):
         script,
         "--config=tests/train/toy_config.py:quickstart",
         f"--workdir={tmp_path}/run",
-        "--config.watchdog_seconds=2",
+        "--config.watchdog_seconds=10",  # a busy machine may take seconds to begin a step
     )
     assert found.returncode == 1, found.stderr
-    assert "no progress for 2 s (process 0, last step started: 3)" in found.stderr
+    assert "no progress for 10 s (process 0, last step started: 3)" in found.stderr
     assert "most recent call first" in found.stderr

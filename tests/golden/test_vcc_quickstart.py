@@ -13,7 +13,7 @@ from tests.golden import record
 
 RTOL = 1e-3
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,6 @@ def run(request: pytest.FixtureRequest) -> tuple[str, list[float], int]:
     return text, *record.losses(config, task)
 
 
-@pytest.mark.long
 def test_quickstart_losses_are_those_recorded(run: tuple[str, list[float], int]) -> None:
     text, found, _ = run
     entry = record.stored()[text]

@@ -125,7 +125,10 @@ def programs(command: str, output, *flags: str) -> list:
 @pytest.mark.parametrize(
     "flags",
     [
-        (TOY, "--config.total_steps=2", "--config.optimizer.warmup_steps=0"),
+        pytest.param(
+            (TOY, "--config.total_steps=2", "--config.optimizer.warmup_steps=0"),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             (
                 TOY,

@@ -67,8 +67,8 @@ def quick_compiles() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("encoder", "trunk"),
     [
-        ("longt5", "t5"),
         ("bigbird", "roberta"),
+        pytest.param("longt5", "t5", marks=pytest.mark.long),
         pytest.param("window", "t5", marks=pytest.mark.long),
         pytest.param("longt5", "roberta", marks=pytest.mark.long),
     ],
