@@ -173,7 +173,15 @@ PRESETS = {
     "quickstart": _QUICKSTART,
     "quickstart_one_level": _QUICKSTART | _ONE_LEVEL,
     "quickstart_dense": _QUICKSTART | {"moe.num_experts": 0},
-    "debug": _QUICKSTART | {"total_steps": 10, "eval_every": 0, "batch_size": 8},
+    "debug": _QUICKSTART
+    | {
+        "total_steps": 10,
+        "eval_every": 0,
+        "checkpoint_every": 5,
+        "log_every": 1,
+        "batch_size": 8,
+        "optimizer.warmup_steps": 2,
+    },
     "dense_110m": _LARGE | {"moe.num_experts": 0},
     **{f"smile_{name}": _LARGE | shape for name, shape in _SHAPES.items()},
     **{f"switch_{name}": _LARGE | shape | _ONE_LEVEL for name, shape in _SHAPES.items()},
