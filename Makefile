@@ -3,9 +3,9 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 RUFF := --config .ci/ruff.toml
 PY := $(VENV)/bin/python
-# One benchmark a file: those that can be run. The demo has its own target.
+# One benchmark a file: those that can be run. The demo has its own target; load_sides is a part of load.
 BENCHMARKS := $(basename $(notdir $(shell grep -l '^if __name__ == "__main__"' benchmarks/*.py 2>/dev/null)))
-BENCHMARKS := $(filter-out vcc_demo,$(BENCHMARKS))
+BENCHMARKS := $(filter-out vcc_demo load_sides,$(BENCHMARKS))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long test-cuda-compile lint format bench clean setup-demo setup-test

@@ -129,7 +129,7 @@ def test_forms_that_disagree_are_not_measured():
         smile_exchange_worker._check(case)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hops_open_fewer_connections_and_send_fewer_segments():
     why = smile_links.unavailable()
     if why:
