@@ -1,6 +1,5 @@
 """A masked LM so small that it trains in seconds: its command line, and what a run leaves."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -91,8 +90,3 @@ def gradients(workdir: pathlib.Path) -> dict[str, np.ndarray]:
         if is_moments(part):
             found |= {p: leaf for p, leaf in flat(part.mu).items() if leaf is not None}
     return found
-
-
-def printed(text: str) -> Any:
-    """The JSON of the last line that a script printed."""
-    return json.loads(text.splitlines()[-1])
