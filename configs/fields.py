@@ -79,14 +79,14 @@ class Field:
     """One setting: its default, its meaning (with unit), and what it accepts.
 
     Attributes:
-      default: the value where no preset or command line says otherwise. None makes the field
-        optional (None stays accepted).
+      default: the value where no preset or command line says otherwise.
       meaning: one line for `--print_config`.
       check: a condition on values other than None.
       choices: the accepted values, where they are few.
       kind: int, float, bool, str or tuple; read off the default unless that is None.
       items: the type of a tuple's elements; read off the default unless that is empty.
       may_change: whether a run may be continued with another value of it.
+      optional: whether None is accepted; so it is where None is the default.
     """
 
     default: Any
@@ -96,8 +96,10 @@ class Field:
     kind: type | None = None
     items: type | None = None
     may_change: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "optional", self.optional or self.default is None)
         if self.kind is None and self.default is not None:
             object.__setattr__(self, "kind", type(self.default))
         if self.items is None and self.kind is tuple and self.default:
@@ -116,7 +118,7 @@ class Field:
         name = self.kind.__name__
         if self.kind is tuple and self.items is not None:
             name += f" of {self.items.__name__}"
-        return f"{name} or None" if self.default is None else name
+        return f"{name} or None" if self.optional else name
 
     @property
     def accepted(self) -> str:
@@ -143,7 +145,7 @@ class Field:
         Raises:
           FieldError: wrong type, out of range, or not among the choices.
         """
-        if value is None and self.default is None:
+        if value is None and self.optional:
             return None
         try:
             value = _coerce(value, self.kind, self.items)
@@ -155,7 +157,7 @@ class Field:
         return value
 
     def _is_none(self, text: str) -> bool:
-        return self.default is None and text.strip().lower() in _NONE
+        return self.optional and text.strip().lower() in _NONE
 
     def _refusal(self, name: str, value: Any) -> FieldError:
         shown = value if isinstance(value, str) else repr(value)

@@ -26,7 +26,6 @@ from ml_collections import ConfigDict
 from configs import fields
 from configs.fields import (
     COMMON,
-    Check,
     Field,
     at_least,
     below_one,
@@ -34,8 +33,6 @@ from configs.fields import (
     non_negative,
     positive,
 )
-
-_POSITIVE_OR_NONE = Check("> 0, or none", lambda value: value > 0)
 
 MODEL_FIELDS = {
     "model.vocab_size": Field(30522, "rows of the word table", positive),
@@ -69,10 +66,13 @@ MOE_FIELDS = {
         "one exchange over all devices, one an axis, or dropless",
         choices=("auto", "flat", "two_hop", "ragged"),
     ),
-    "moe.capacity_factor": Field(
-        1.25, "slots of a bucket by an even share; none: dropless", _POSITIVE_OR_NONE, kind=float
+    "moe.allow_mixed_nodes": Field(
+        False, "nodes of the mesh may mix TPU slices or hosts", may_change=True
     ),
-    "moe.eval_capacity_factor": Field(2.0, "the same in evaluation", _POSITIVE_OR_NONE, kind=float),
+    "moe.capacity_factor": Field(
+        1.25, "slots of a bucket by an even share; none: dropless", positive, optional=True
+    ),
+    "moe.eval_capacity_factor": Field(2.0, "the same in evaluation", positive, optional=True),
     "moe.capacity_factor_intra": Field(
         None, "of the second level; none: as the first", positive, kind=float
     ),

@@ -13,10 +13,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs that run once on a few numbers need no optimising: BART's gradients compile in half of
 # the time. jaxlib 0.10 still has the earlier emitter of CPU kernels: a VCC encoder with gradients
 # compiles in 2.4 s, not 6.9 s. Newer releases have the other one alone.
-_QUICK = ["--xla_backend_optimization_level=0"]
+QUICK = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
-    _QUICK += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 _ENVIRONMENT = frozenset(os.environ)
 

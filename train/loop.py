@@ -24,7 +24,7 @@ from train.input import Prefetcher
 from train.lock import Lock
 from train.run import OWED, Parts, Run, Trained, check_best
 from train.state import Layout, TrainState
-from train.tasks import load_task
+from train.tasks import check_mesh, load_task
 from train.writers import console, open_writers
 
 __all__ = ["Trained", "train"]
@@ -55,7 +55,7 @@ def train(
     workdir = storage.folder(workdir)
     distributed.same_everywhere("config", config_fields.flat(config))
     mesh = devices.start(config)
-    task = distributed.together(lambda: _checked_task(config))
+    task, notes = distributed.together(lambda: _checked_task(config, mesh))
     distributed.first(lambda: storage.probe(workdir, _say))
     storage.check_shared(workdir)
     with contextlib.ExitStack() as stack:
@@ -63,7 +63,8 @@ def train(
         distributed.first(lambda: stack.enter_context(lock) and None)
         reset = _Reset(data_reset, fields)
         changed = distributed.first(lambda: rundir.changes(workdir, config, reset.changeable()))
-        _say(f"training {config.method} for {config.total_steps:,} steps: {devices.describe(mesh)}")
+        title = f"training {config.method} for {config.total_steps:,} steps"
+        _say("\n  ".join([f"{title}: {devices.describe(mesh)}", *notes]))
         _say("\n  changed since the last start: ".join([f"workdir {workdir}", *changed]))
         stack.enter_context(jax.set_mesh(mesh))
         saved = stack.enter_context(_open_checkpoints(config, workdir))
@@ -106,10 +107,11 @@ def _say(text: str) -> None:
         console.say(text)
 
 
-def _checked_task(config: ConfigDict) -> Task:
+def _checked_task(config: ConfigDict, mesh: Mesh) -> tuple[Task, list[str]]:
+    """The task, and what it says of training on the mesh."""
     task = load_task(config)
     check_best(config, task)
-    return task
+    return task, check_mesh(task, mesh)
 
 
 @dataclasses.dataclass(frozen=True)

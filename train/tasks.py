@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import pathlib
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import fields
@@ -43,5 +44,17 @@ def load_task(config: ConfigDict) -> Task:
         raise UsageError(f"method={config.method}: {name} has no make_task(config)")
     try:
         return module.make_task(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_mesh(task: Task, mesh: Mesh) -> list[str]:
+    """Returns what `task` says of training on `mesh`, see `Task.check_mesh`.
+
+    Raises:
+      UsageError: the task refuses the mesh.
+    """
+    try:
+        return task.check_mesh(mesh)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 Params = Any  # nested dict of arrays
 Labels = Any  # the same nesting, one string a leaf
@@ -62,6 +63,16 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def datasets(self, split: str) -> Any:
         """Returns a grain data set of numpy batches: this process's share of each global batch."""
+
+    def check_mesh(self, mesh: Mesh) -> list[str]:
+        """Returns lines on how training runs on `mesh`, for the log; none unless overridden.
+
+        The trainer calls it before anything is compiled.
+
+        Raises:
+          ValueError: training cannot run there, or would run in a way that nobody can want.
+        """
+        return []
 
     def evaluators(self) -> dict[str, Evaluator]:
         """Returns the evaluations by name; none unless overridden."""

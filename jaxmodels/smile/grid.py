@@ -198,12 +198,14 @@ def check_nodes(mesh: Mesh, allow_mixed: bool = False) -> None:
     by_slice = _has_slices(mesh)
     what = "slice" if by_slice else "host"
     for number, row in enumerate(mesh.devices.reshape(mesh.shape[NODE], -1)):
-        found = {d.id: d.slice_index if by_slice else d.process_index for d in row}
+        # A described slice that is the only one goes without a number.
+        own = [getattr(d, "slice_index", None) if by_slice else d.process_index for d in row]
+        found = {d.id: index for d, index in zip(row, own, strict=True)}
         if len(set(found.values())) > 1:
             raise ValueError(
                 f"node {number} of the mesh mixes {what}s: device id -> {what} {found}. Exchanges "
                 f"inside a node would cross the slow network; make mesh.node a multiple of the "
-                f"number of {what}s, or pass allow_mixed=True."
+                f"number of {what}s, or set allow_mixed (--config.moe.allow_mixed_nodes=true)."
             )
 
 

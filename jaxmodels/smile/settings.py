@@ -151,14 +151,24 @@ class MoeConfig:
         hosts) and nodes of more than one device; inside one node a flat exchange is at least as
         fast. Bi-level routing always takes two.
         """
+        return self.explained_transport(training)[0]
+
+    def explained_transport(self, training: bool = True) -> tuple[str, str]:
+        """Returns `resolved_transport`, and the reason for it in words."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
-        if self.transport == "ragged" or factor is None:
-            return "ragged"
         if self.transport != "auto":
-            return self.transport
+            return self.transport, "as set"
+        if factor is None:
+            return "ragged", "auto: no capacity factor, so nothing may be dropped"
+        if self.routing == "bi_level":
+            return "two_hop", "auto: bi-level routing has an exchange at each level"
         nodes, devices = mesh_sizes()
-        hops = self.routing == "bi_level" or (nodes > 1 and devices > 1)
-        return "two_hop" if hops else "flat"
+        if nodes > 1 and devices > 1:
+            why = f"{nodes} nodes of {devices} devices: fewer messages go from node to node"
+            return "two_hop", f"auto: the mesh has {why}"
+        if nodes > 1:
+            return "flat", "auto: nodes of one device have nothing to exchange inside"
+        return "flat", "auto: inside one node one exchange is at least as fast as two"
 
     def capacities(self, tokens: int, training: bool = True) -> tuple[int, ...]:
         """Returns (C,) or (C1, C2) for that many tokens a device; both relative to the tokens."""

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmodels.core import params as param_tree
 from jaxmodels.core.losses import cross_entropy
 from jaxmodels.core.task import Batch, Evaluator, Labels, Metrics, Params, Task
 from jaxmodels.data import c4, folders, pipeline, pydoc_text, text_lines, tokenizer
 from jaxmodels.smile import moe
-from jaxmodels.smile.grid import Grid
+from jaxmodels.smile.grid import Grid, check_nodes, placement
 from jaxmodels.smile.masking import DocumentExample, MaskedExample
 from jaxmodels.smile.model import SmileBert, SmileConfig
 from jaxmodels.smile.settings import MoeConfig
@@ -128,6 +129,24 @@ class MaskedLMTask(Task):
         return param_tree.unflatten(
             {path: "no_decay" if path.endswith(exempt) else label for path, label in labels.items()}
         )
+
+    def check_mesh(self, mesh: Mesh) -> list[str]:
+        """Returns a line on the transport; see `Task.check_mesh`.
+
+        Raises:
+          ValueError: the mesh does not divide the grid, or one of its nodes mixes slices or hosts
+            though tokens are exchanged inside nodes.
+        """
+        layer = self.sizes.experts
+        if layer is None:
+            return []
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            placement(layer.grid)
+            transport, why = layer.explained_transport()
+        if layer.routing == "bi_level" or transport == "two_hop":
+            check_nodes(mesh, self.config.moe.allow_mixed_nodes)
+        grid = f"{layer.grid.nodes} nodes x {layer.grid.devices} devices"
+        return [f"{layer.routing} routing on {grid}, transport {transport} ({why})"]
 
     def logits(
         self, params: Params, batch: Batch, rng: jax.Array | None = None

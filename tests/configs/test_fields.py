@@ -14,6 +14,7 @@ SOME = {
     "model.on": Field(True, "switch"),
     "path": Field(None, "a file", kind=str),
     "limit": Field(None, "at most", positive, kind=int),
+    "share": Field(0.5, "of all; none: no limit", positive, optional=True),
 }
 
 
@@ -41,6 +42,8 @@ def test_a_config_nests_by_dots_and_refuses_new_names():
         ("path", "a=b,c", "a=b,c"),
         ("limit", "None", None),
         ("limit", "4", 4),
+        ("share", "none", None),
+        ("share", "2", 2.0),
     ],
 )
 def test_text_becomes_the_value_it_says(name, text, value):

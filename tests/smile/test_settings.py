@@ -71,6 +71,8 @@ def test_auto_takes_two_hops_only_across_nodes() -> None:
     for sizes, wanted in (((2, 2), "two_hop"), ((1, 4), "flat"), ((4, 1), "flat")):
         with jax.sharding.use_abstract_mesh(abstract_mesh(*sizes)):
             assert one.resolved_transport() == wanted
+            assert one.explained_transport()[1].startswith("auto: ")
+    assert dataclasses.replace(one, transport="flat").explained_transport() == ("flat", "as set")
     dropless = small.config(capacity_factor=None)
     assert dropless.resolved_transport() == "ragged"
     assert dropless.resolved_transport(training=False) == "two_hop"

@@ -1,14 +1,18 @@
 """The masked-LM task: its objective, its groups, its data, and what it refuses."""
 
 import functools
+import re
+import types
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from configs import fields
 from configs import smile as presets
 from jaxmodels.core import params as param_tree
+from jaxmodels.core import partitioning
 from jaxmodels.core.losses import IGNORE
 from jaxmodels.data import tokenizer
 from jaxmodels.smile import task
@@ -129,6 +133,55 @@ def test_the_users_text_trains_a_tokenizer_and_gives_both_splits(tmp_path) -> No
 def test_what_cannot_work_is_refused_at_once(changes: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         task.make_task(config(**changes))
+
+
+def mesh_of(owners: list[list[int]]):
+    """What the task asks of a mesh; each number is the host of a GPU."""
+    owners = np.array(owners)
+    device = lambda place: types.SimpleNamespace(  # noqa: E731
+        id=place, platform="gpu", process_index=int(owners.flat[place])
+    )
+    devices = np.array([device(i) for i in range(owners.size)], object).reshape(owners.shape)
+    abstract = AbstractMesh(owners.shape, partitioning.AXES, axis_types=(AxisType.Auto,) * 2)
+    shape = dict(zip(partitioning.AXES, owners.shape, strict=True))
+    return types.SimpleNamespace(devices=devices, shape=shape, abstract_mesh=abstract)
+
+
+ONE_LEVEL = {"moe__routing": "one_level"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "owners", "says"),
+    [
+        ({}, [[0, 0], [1, 1]], "bi_level.* 2 nodes x 2 devices, transport two_hop .*each level"),
+        (ONE_LEVEL, [[0, 0], [1, 1]], "two_hop .auto: the mesh has 2 nodes of 2 devices: fewer"),
+        (ONE_LEVEL, [[0, 0]], "one_level.* flat .auto: inside one node"),
+        (ONE_LEVEL, [[0], [1]], "flat .auto: nodes of one device"),
+        (ONE_LEVEL | {"moe__transport": "flat"}, [[0, 1], [1, 0]], r"transport flat \(as set\)"),
+        ({"moe__capacity_factor": None}, [[0, 0]], "ragged .auto: no capacity factor"),
+        ({"moe__allow_mixed_nodes": True}, [[0, 1], [1, 0]], "transport two_hop"),
+    ],
+)
+def test_the_log_says_which_transport_and_why(changes, owners, says) -> None:
+    (line,) = task.make_task(config(**changes)).check_mesh(mesh_of(owners))
+    assert re.search(says, line), line
+
+
+@pytest.mark.parametrize(
+    ("changes", "owners", "says"),
+    [
+        ({}, [[0, 0], [1, 0]], r"node 1 of the mesh mixes hosts.*\{2: 1, 3: 0\}.*allow_mixed_node"),
+        (ONE_LEVEL, [[0, 0], [1, 0]], "mixes hosts"),
+        ({}, [[0, 0], [1, 1], [2, 2]], "node=3 must divide 2"),
+    ],
+)
+def test_a_mesh_that_the_routing_cannot_use_is_refused(changes, owners, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        task.make_task(config(**changes)).check_mesh(mesh_of(owners))
+
+
+def test_a_dense_model_runs_on_any_mesh() -> None:
+    assert task.make_task(config(moe__num_experts=0)).check_mesh(mesh_of([[0, 1], [1, 0]])) == []
 
 
 def test_c4_that_is_not_prepared_says_how_to(tmp_path, made) -> None:

@@ -1,5 +1,6 @@
 """The command line: every wrong use is one line and status 2, before jax is even imported."""
 
+import importlib
 import json
 import time
 
@@ -113,6 +114,19 @@ def test_overrides_take_both_forms_and_the_last_one_wins():
     command = cli.parse(argv, flags, "usage")
     assert command.overrides == {"a.b": "-2", "c": "x=y"}
     assert command.flags == {"workdir": "w", "dry": True}
+
+
+PRESETS = [
+    f"configs/{path.name}:{preset}"
+    for path in sorted((runs.ROOT / "configs").glob("*.py"))
+    for preset in getattr(importlib.import_module(f"configs.{path.stem}"), "PRESETS", ())
+]
+
+
+@pytest.mark.parametrize("spec", PRESETS)
+def test_every_preset_is_accepted_as_it_stands(spec):
+    config, _ = cli.read_config(spec, {})
+    cli.check_sizes(config, 1)
 
 
 def test_print_config_lists_every_field(capsys):

@@ -22,7 +22,7 @@ from train.errors import UsageError
 from train.flops import count_flops, peak_flops
 from train.state import Layout
 from train.step import make_train_step
-from train.tasks import load_task
+from train.tasks import check_mesh, load_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Report:
     Attributes:
       topology: what was compiled for.
       devices: kinds, number and mesh in words.
+      notes: what the task says of training on that mesh.
       programs: one a shape of batch that was compiled.
       left_out: shapes that were not.
       peak: FLOP/s of all devices; None where not known.
@@ -83,6 +84,7 @@ class Report:
 
     topology: Topology
     devices: str
+    notes: tuple[str, ...]
     programs: tuple[Compiled, ...]
     left_out: tuple[str, ...]
     peak: float | None
@@ -100,7 +102,7 @@ class Report:
         return found | {"topology": str(self.topology), "fits": self.fits}
 
     def __str__(self) -> str:
-        lines = [f"{self.topology}: {self.devices}"]
+        lines = [f"{self.topology}: {self.devices}", *(f"  {note}" for note in self.notes)]
         for program in self.programs:
             lines += ["", *_lines(program, self)]
         if self.left_out:
@@ -127,6 +129,7 @@ def compile_for(config: ConfigDict, topology: Topology, all_shapes: bool = False
     mesh = mesh_for(topology, config.mesh.node, config.mesh.device)
     cli.check_sizes(config, mesh.size)
     task = load_task(config)
+    notes = check_mesh(task, mesh)
     plan = _layout(task, config, mesh)
     found = _stages(task, mesh)
     chosen = found if all_shapes else [max(found, key=lambda stage: stage.bytes)]
@@ -134,6 +137,7 @@ def compile_for(config: ConfigDict, topology: Topology, all_shapes: bool = False
     return Report(
         topology,
         devices.describe(mesh),
+        tuple(notes),
         tuple(_compile(task, config, mesh, plan, stage, topology) for stage in chosen),
         tuple(shapes(stage.batch) for stage in found if stage not in chosen),
         peak * mesh.size if peak else None,
@@ -154,6 +158,7 @@ def dry_run(config: ConfigDict, mesh: Mesh) -> str:
       UsageError: settings or data cannot be used.
     """
     task = load_task(config)
+    notes = check_mesh(task, mesh)
     plan = _layout(task, config, mesh)
     found = _stages(task, mesh)
     rows = [("steps", "batch", "bytes a device", "GFLOP a step")]
@@ -171,6 +176,7 @@ def dry_run(config: ConfigDict, mesh: Mesh) -> str:
     largest = max(found, key=lambda stage: stage.bytes)
     lines = [
         f"{config.method} for {config.total_steps:,} steps: {devices.describe(mesh)}",
+        *(f"  {note}" for note in notes),
         table.parameter_table(plan),
         *(f"{name}: {size(n)} a device" for name, n in memory.held(plan, largest.batch).items()),
         f"gradients: {gradients} a device while a step runs; activations are known once compiled: "
