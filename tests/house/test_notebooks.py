@@ -1,17 +1,23 @@
 """The notebooks run from the first cell to the last, as plain Python and with small sizes."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import pytest
 
+from tests.house import run_notebook
+
 ROOT = pathlib.Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 # What each notebook's first cell sets, made small.
 SMALL: dict[str, dict[str, Any]] = {
+    "smile_routing": {"EXPERTS": 8, "TOKENS": 16, "WIDTH": 8, "INNER": 8, "STEPS": 2},
     "vcc_t5_16k": {
         **{"LENGTH": 512, "NUM_VIP": 16, "NUM_FINE_BLOCKS": 4, "SEGMENT": 128},
         "DOCUMENT": "The house stood by the sea. " * 70,
@@ -19,13 +25,13 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def cells(path: pathlib.Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["cells"]
+def test_every_notebook_is_run_here() -> None:
+    assert NOTEBOOKS.keys() == SMALL.keys()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_without_outputs(path: pathlib.Path) -> None:
-    for cell in cells(path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_kept_without_outputs(name: str) -> None:
+    for cell in run_notebook.cells(NOTEBOOKS[name]):
         assert cell["cell_type"] == "markdown" or not cell["outputs"]
         assert "/home/" not in "".join(cell["source"])
 
@@ -40,18 +46,29 @@ def quick_compiles() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_cells_of_a_notebook_run_in_order(
-    path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("matplotlib").use("Agg")
-    first, *rest = ("".join(c["source"]) for c in cells(path) if c["cell_type"] == "code")
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(first, f"{path.name}[0]", "exec"), names)
-    assert SMALL[path.stem].keys() <= names.keys(), "a setting that the first cell does not have"
-    names |= SMALL[path.stem]
-    for number, text in enumerate(rest, start=1):
-        exec(compile(text, f"{path.name}[{number}]", "exec"), names)
-    said = capsys.readouterr().out
-    assert "4 of 31 blocks opened in each of 2 layers" in said
+def test_vcc_opens_blocks_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    names = run_notebook.run(NOTEBOOKS["vcc_t5_16k"], SMALL["vcc_t5_16k"])
+    assert "4 of 31 blocks opened in each of 2 layers" in capsys.readouterr().out
     assert len(names["answer"]) == 16
+
+
+@pytest.mark.long
+def test_smile_routes_over_eight_devices_that_it_simulates(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = str(NOTEBOOKS["smile_routing"]), json.dumps(SMALL["smile_routing"])
+    settings = {"JAX_PLATFORMS": "cpu", "JAXMODELS_DATA_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.house.run_notebook", *arguments],
+        cwd=ROOT,
+        env=os.environ | settings | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
+    assert "mesh of 2 x 4 cpu devices" in said
+    assert "all gradients are bit-identical" in said
+    assert "bi_level two_hop   {'device': 2, 'node': 3}: 9 messages, 3 between nodes" in said
+    assert "small buffers  dropped 0%, 128 rows of 128 computed, overflow 1" in said
