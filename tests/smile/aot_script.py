@@ -50,7 +50,6 @@ def main() -> None:
     for name, changes in (
         ("flat", {"routing": "one_level", "transport": "flat"}),
         ("two_hop", {"routing": "one_level", "transport": "two_hop"}),
-        ("bi_level", {}),
         ("mosaic", {"dispatch": "mosaic"}),
         # With room for the worst case: without it the safe path is compiled beside the fast one.
         ("ragged", {"transport": "ragged", "buffer_factor": 8.0}),

@@ -30,8 +30,8 @@ def test_only_the_exchange_between_nodes_leaves_a_slice() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["mesh"] == {"node": 2, "device": 4}
-    for name, inside in (("flat", 0), ("two_hop", 2), ("bi_level", 2), ("mosaic", 2)):
+    for name, inside in (("flat", 0), ("two_hop", 2), ("mosaic", 2)):
         assert large(found[name]["inside"]) == inside, (name, found[name])
         assert large(size for _, size in found[name]["across"]) == 2, (name, found[name])
-    assert found["mosaic"]["kernels"] == 4 and found["bi_level"]["kernels"] == 0
+    assert found["mosaic"]["kernels"] == 4 and found["two_hop"]["kernels"] == 0
     assert found["ragged"]["inside"], found["ragged"]  # the real ragged exchange, not its emulation

@@ -191,6 +191,26 @@ def test_transfers_between_tpu_slices_are_on_the_data_centre_network():
     assert rows(text) == [("all-reduce", "node", "DCN", 1, 8192, 8192)]
 
 
+@pytest.mark.parametrize(
+    ("target", "axes", "sent"),
+    [
+        ("{{10,11,13,12,20,21,23,22}}", "node+device", 7 * 64),  # the own slice's share as well
+        ("{{10,20},{11,21},{13,23},{12,22}}", "node", 4 * 64),
+        ("{1,2}x{0:3}", "node", 4 * 64),
+        ("{{30,40}}", "node", 4 * 64),  # devices that are not ours
+    ],
+)
+def test_all_of_a_transfer_by_the_hosts_is_on_their_network(target, axes, sent):
+    text = program(
+        "%s = (f32[8,16]{1,0}, u32[], token[]) send(%p, %t), channel_id=4, is_host_transfer=true, "
+        f"frontend_attributes={{_xla_megascale_target={target},"
+        '_xla_megascale_transfer_type="ALL_TO_ALL"}'
+    )
+    found = read(text, TWO_SLICES, [10, 11, 13, 12, 20, 21, 23, 22])
+    (row,) = summarise(found, (2, 4), TWO_SLICES, NETWORKS)
+    assert (row.axes, row.network, row.bytes, row.sent) == (axes, "DCN", 512, sent)
+
+
 def test_a_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         read("HloModule nothing")

@@ -35,6 +35,7 @@ _CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TURNS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_TARGET = re.compile(r"_xla_megascale_target=(\{\{[\d,{}]*\}\})")
 _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? ?\{([^}]*)\}")
@@ -55,6 +56,7 @@ class Collective:
       pairs: (from, to) places of a permutation; empty for the other kinds.
       times: runs in one call of the program.
       certain: False where it is in a loop whose turns are not known, which counts as one.
+      by_hosts: a transfer between TPU slices: hosts carry all of it, parts for the own slice too.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class Collective:
     pairs: tuple[tuple[int, int], ...] = ()
     times: int = 1
     certain: bool = True
+    by_hosts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Traffic:
     certain: bool
 
 
-def read(text: str, slices: Sequence[int] = ()) -> list[Collective]:
+def read(text: str, slices: Sequence[int] = (), ids: Sequence[int] = ()) -> list[Collective]:
     """Returns the collectives of a compiled program, those in loops with their number of turns.
 
     Of a conditional every branch counts.
@@ -96,6 +99,7 @@ def read(text: str, slices: Sequence[int] = ()) -> list[Collective]:
     Args:
       text: `jax.stages.Compiled.as_text()`.
       slices: the slice of each place, for transfers between slices.
+      ids: the device's number of each place, by which some of these name their members.
 
     Raises:
       ValueError: the text has no entry computation, or groups in a form not known here.
@@ -112,7 +116,7 @@ def read(text: str, slices: Sequence[int] = ()) -> list[Collective]:
         return done[name]
 
     def of_line(name: str, line: str) -> Iterable[Collective]:
-        own = _collective(name, line, slices)
+        own = _transfer(line, ids) or _collective(name, line, slices)
         if own is not None:
             return (own,)
         if " while(" in line:
@@ -148,7 +152,8 @@ def summarise(
         if size < 2:
             continue
         axes = _axes(groups, shape)
-        key = item.kind, axes, _network(groups, slices, networks)
+        links = networks[1] if item.by_hosts else _network(groups, slices, networks)
+        key = item.kind, axes, links
         rows.setdefault(key, []).append((item, _share(item.kind, size)))
     return [
         Traffic(
@@ -284,13 +289,24 @@ def _turns(line: str, condition: list[str]) -> int | None:
     return None
 
 
+def _transfer(line: str, ids: Sequence[int]) -> Collective | None:
+    """The transfer between TPU slices that one line starts, if any."""
+    if " send(" not in line or not (match := _MEGASCALE.search(line)):
+        return None
+    kind = match[1].lower().replace("_", "-")
+    size = _sizes(line[: line.index(" send(")])[0]
+    # Without a list, each slice sends its part to the same places of the others.
+    listed = _TARGET.search(line)
+    named = groups(listed[1]) if listed else None
+    place = {number: index for index, number in enumerate(ids)}
+    found: Groups = ()
+    if named and all(member in place for group in named for member in group):
+        found = tuple(tuple(place[member] for member in group) for group in named)
+    return Collective(kind if kind in KINDS else "all-to-all", size, found, by_hosts=True)
+
+
 def _collective(computation: str, line: str, slices: Sequence[int]) -> Collective | None:
     """The collective that one line of a computation starts, if any."""
-    if " send(" in line and (match := _MEGASCALE.search(line)):
-        kind = match[1].lower().replace("_", "-")
-        size = _sizes(line[: line.index(" send(")])[0]
-        # Each slice sends its part to the same places of the others.
-        return Collective(kind if kind in KINDS else "all-to-all", size, ())
     match = _COLLECTIVE.search(line)
     if match is None or _is_continuation(line):
         return None

@@ -273,7 +273,8 @@ def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Com
 
 def _traffic(program: jax.stages.Compiled, mesh: Mesh, topology: Topology) -> tuple[Traffic, ...]:
     slices = slice_of(topology, mesh)
-    found = collectives.read(program.as_text(), slices)
+    ids = [device.id for device in mesh.devices.flat]
+    found = collectives.read(program.as_text(), slices, ids)
     shape = (mesh.shape["node"], mesh.shape["device"])
     return tuple(collectives.summarise(found, shape, slices, topology.chip.networks))
 
