@@ -9,7 +9,7 @@ from tests.multiprocess import reference
 from tests.smile import checkpoint_script, tiny
 from tests.train import runs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
