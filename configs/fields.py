@@ -12,22 +12,19 @@ and every value, from a preset or from the command line, passes through the same
 """
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from configs.names import FieldError, nearest, unknown
 
 Fields = Mapping[str, "Field"]
 _NONE = ("none", "null")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _KINDS = (int, float, bool, str, tuple)
-
-
-class FieldError(ValueError):
-    """A field that does not exist, or a value that it does not take. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +160,7 @@ class Field:
         shown = value if isinstance(value, str) else repr(value)
         near = ""
         if self.choices is not None:
-            near = _nearest(str(value), map(str, self.choices))
+            near = nearest(str(value), map(str, self.choices))
         return FieldError(f"{name}={shown}: accepted is {self.accepted}{near} ({self.meaning})")
 
 
@@ -197,35 +194,6 @@ def _coerce(value: Any, kind: type | None, items: type | None) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(value)
     return value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Returns `; nearest: a, b` for the known names that `name` may have meant, or nothing."""
-    known = list(known)
-    wanted = name.rpartition(".")[2]
-    last = {full: full.rpartition(".")[2] for full in known}
-    # `optimizer.lr` for `optimizer.learning_rate`; `warmup_steps` for `optimizer.warmup_steps`.
-    near = [full for full, part in last.items() if part == wanted or _initials(part) == wanted]
-    if not near:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if not near:
-        found = difflib.get_close_matches(wanted, last.values(), n=3, cutoff=0.6)
-        near = [full for full, part in last.items() if part in found]
-    near = near[:3]
-    return f"; nearest: {', '.join(near)}" if near else ""
-
-
-def _initials(name: str) -> str:
-    return "".join(word[0] for word in name.split("_") if word)
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> FieldError:
-    """Returns the error for a name that does not exist, with the nearest (or all) known ones."""
-    known = list(known)
-    near = _nearest(name, known)
-    if not near and len(known) <= 12:
-        near = f"; known: {', '.join(known)}" if known else "; there are none"
-    return FieldError(f"unknown {what} {name!r}{near}")
 
 
 def build(fields: Fields, overrides: Mapping[str, Any] | None = None) -> ConfigDict:

@@ -21,7 +21,9 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from configs import fields as config_fields
-from configs.fields import FieldError, Fields
+from configs import names
+from configs.fields import Fields
+from configs.names import FieldError
 from train.errors import RunError, UsageError
 from train.redact import redact
 
@@ -149,7 +151,7 @@ def read_config(spec: str, overrides: Mapping[str, str]) -> tuple[ConfigDict, Fi
     fields: Fields = module.FIELDS
     try:
         if preset and hasattr(module, "PRESETS") and preset not in module.PRESETS:
-            raise config_fields.unknown("preset", preset, module.PRESETS)
+            raise names.unknown("preset", preset, module.PRESETS)
         config = module.get_config(preset) if preset else module.get_config()
     except FieldError as error:
         raise UsageError(f"--config={spec}: {error}") from None
@@ -171,9 +173,7 @@ def override(config: ConfigDict, fields: Fields, overrides: Mapping[str, str]) -
     try:
         for name, text in overrides.items():
             if name not in fields:
-                raise config_fields.unknown(
-                    "field", f"config.{name}", [f"config.{n}" for n in fields]
-                )
+                raise names.unknown("field", f"config.{name}", [f"config.{n}" for n in fields])
             values[name] = fields[name].parse(name, text)
         config = config_fields.build(fields, values)
     except FieldError as error:
@@ -217,7 +217,9 @@ def _import_config(path: str) -> ModuleType:
     found = next((place.resolve() for place in places if place.is_file()), None)
     if found is None:
         known = sorted(
-            p.name for p in (_ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "fields")
+            p.name
+            for p in (_ROOT / "configs").glob("*.py")
+            if p.stem not in ("__init__", "fields", "names")
         )
         near = difflib.get_close_matches(pathlib.Path(path).name, known, n=3) or known
         hint = f"; nearest: {', '.join('configs/' + name for name in near)}" if near else ""

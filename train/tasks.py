@@ -7,7 +7,7 @@ import pathlib
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import fields
+from configs import names
 from jaxmodels.core.task import Task
 from train.errors import UsageError
 
@@ -37,7 +37,7 @@ def load_task(config: ConfigDict) -> Task:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        error = fields.unknown("method", config.method, known_methods())
+        error = names.unknown("method", config.method, known_methods())
         raise UsageError(f"{error} (looked for the module {name})")
     module = importlib.import_module(name)
     if not hasattr(module, "make_task"):

@@ -1,11 +1,12 @@
 """What transforms of text share: the tokenizer is opened in the worker that uses it."""
 
+import abc
 from typing import Any
 
 from jaxmodels.data import cache_folder
 
 
-class Tokenized:
+class Tokenized(abc.ABC):
     """A transform that travels to workers without its tokenizer, and names what decides it.
 
     A subclass says in `open_tokenizer` how the tokenizer is read.
@@ -42,6 +43,6 @@ class Tokenized:
             self._tokenizer = self.open_tokenizer()
         return self._tokenizer
 
+    @abc.abstractmethod
     def open_tokenizer(self) -> Any:
         """Returns the tokenizer read from `tokenizer_path`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its tokenizer is read")

@@ -18,7 +18,7 @@ GOLDEN = pathlib.Path(__file__).with_name("golden")
 CONFIGS = sorted(
     path.stem
     for path in pathlib.Path(fields.__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "fields")
+    if path.stem not in ("__init__", "fields", "names")
 )
 
 
